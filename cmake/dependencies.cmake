@@ -1,0 +1,25 @@
+# Every dependency is found first and fetched at a pinned version otherwise.
+include(FetchContent)
+
+# Highway: vector code for every instruction set from one source, chosen at run time.
+find_package(hwy 1.0.3 CONFIG QUIET)
+if(NOT hwy_FOUND)
+  message(STATUS "Highway not found (Debian: libhwy-dev): fetching 1.2.0")
+  set(HWY_ENABLE_TESTS OFF)
+  set(HWY_ENABLE_EXAMPLES OFF)
+  set(HWY_ENABLE_CONTRIB OFF)
+  FetchContent_Declare(highway URL
+    https://github.com/google/highway/archive/refs/tags/1.2.0.tar.gz)
+  FetchContent_MakeAvailable(highway)
+  add_library(hwy::hwy ALIAS hwy)
+endif()
+
+# oneTBB: the thread pool. It shares a process with OpenMP and with other users of TBB.
+find_package(TBB 2021.8 CONFIG QUIET)
+if(NOT TBB_FOUND)
+  message(STATUS "oneTBB not found (Debian: libtbb-dev; PyPI: tbb-devel): fetching 2021.13.0")
+  set(TBB_TEST OFF)
+  FetchContent_Declare(tbb URL
+    https://github.com/oneapi-src/oneTBB/archive/refs/tags/v2021.13.0.tar.gz)
+  FetchContent_MakeAvailable(tbb)
+endif()
