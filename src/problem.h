@@ -65,9 +65,9 @@ struct Problem {
   float* lse(int64_t sequence, int32_t head) const;
 
   TensorView q_view, k_view, v_view;
-  TensorView out_view, lse_view;    // data == nullptr where not given
-  std::vector<int64_t> q_start;     // packed: first row of each sequence; empty: batch
-  std::vector<int64_t> kv_start;    // packed: likewise
+  TensorView out_view, lse_view;  // data == nullptr where not given
+  std::vector<int64_t> q_start;   // packed: first row of each sequence; empty: batch
+  std::vector<int64_t> kv_start;  // packed: likewise
   const int32_t* page_table = nullptr;
   int64_t page_table_stride = 0;
 
@@ -80,9 +80,14 @@ struct Problem {
 size_t element_size(DType dtype);
 const char* dtype_name(DType dtype);
 
-// Checks everything that can be checked on the host and lays the call out.
-// `out` and `lse` may be nullptr (select).
-Problem make_problem(const AttentionInput& input, const TensorView* out, const TensorView* lse);
+// What a problem is made for. Size queries need no data pointers (but the page table); select
+// needs no v.
+enum class Purpose { kSelect, kAttend, kSelectSize, kAttendSize };
+
+// Checks everything that can be checked on the host and lays the call out. `out` is given for
+// kAttend, `lse` if wanted.
+Problem make_problem(const AttentionInput& input, Purpose purpose, const TensorView* out = nullptr,
+                     const TensorView* lse = nullptr);
 void validate_pattern(const Pattern& pattern);
 void validate_audit(const Problem& problem, std::span<HeadAudit> audit);
 // The index must be of this problem's lengths, heads and block size, and well formed.

@@ -20,9 +20,8 @@ namespace flexprefill {
 // select and attend in one call; the index stays in the workspace as one bit a block.
 // out, lse, audit: as in attend and select.
 FLEXPREFILL_API void prefill(const AttentionInput& input, const Pattern& pattern,
-                             const Execution& execution, Workspace workspace,
-                             const TensorView& out, const TensorView& lse = {},
-                             std::span<HeadAudit> audit = {});
+                             const Execution& execution, Workspace workspace, const TensorView& out,
+                             const TensorView& lse = {}, std::span<HeadAudit> audit = {});
 FLEXPREFILL_API size_t prefill_workspace_size(const AttentionInput& input, const Pattern& pattern,
                                               const Execution& execution);
 

@@ -27,17 +27,17 @@ enum class Backend : int32_t { kAuto = 0, kReference = 1, kCpu = 2 };
 // Instruction set of the CPU backend. kAuto takes the best that the processor has.
 enum class CpuTarget : int32_t {
   kAuto = 0,
-  kBaseline = 1,     // whatever the compiler's baseline is, through Highway
-  kAvx2 = 2,         // AVX2 + FMA + F16C
-  kAvx512 = 3,       // AVX-512 F/BW/CD/DQ/VL
-  kAvx512Bf16 = 4,   // kAvx512 and vdpbf16ps
-  kAmxBf16 = 5,      // kAvx512Bf16 and tdpbf16ps
+  kBaseline = 1,    // whatever the compiler's baseline is, through Highway
+  kAvx2 = 2,        // AVX2 + FMA + F16C
+  kAvx512 = 3,      // AVX-512 F/BW/CD/DQ/VL
+  kAvx512Bf16 = 4,  // kAvx512 and vdpbf16ps
+  kAmxBf16 = 5,     // kAvx512Bf16 and tdpbf16ps
   kNeon = 6,
 };
 
 enum class ErrorCode : int32_t {
-  kInvalidArgument = 1,    // the message names the tensor or option, what was expected, what came
-  kUnsupported = 2,        // valid, but not on this backend, build or machine
+  kInvalidArgument = 1,  // the message names the tensor or option, what was expected, what came
+  kUnsupported = 2,      // valid, but not on this backend, build or machine
   kWorkspaceTooSmall = 3,
   kInternal = 4,
 };
@@ -70,8 +70,9 @@ FLEXPREFILL_API TensorView contiguous_view(void* data, DType dtype, std::span<co
 //
 //   layout   q                     k, v                                  lengths
 //   batch    [b, s_q, h_q, d_qk]   [b, s_kv, h_kv, d_qk | d_v]           from the shapes
-//   packed   [t_q, h_q, d_qk]      [t_kv, h_kv, d_qk | d_v]              cu_seqlens_q, cu_seqlens_kv
-//   paged    batch or packed q     [pages, page_size, h_kv, d_qk | d_v]  page_table, seqlens_kv
+//   packed   [t_q, h_q, d_qk]      [t_kv, h_kv, d_qk | d_v]              cu_seqlens_q,
+//   cu_seqlens_kv paged    batch or packed q     [pages, page_size, h_kv, d_qk | d_v]  page_table,
+//   seqlens_kv
 //
 // h_q is a multiple of h_kv; d_qk and d_v are multiples of 8 from 16 to 256; q, k, v share one
 // element type. Strides are free but for the contiguous last dimension; k and v may interleave.
@@ -82,11 +83,11 @@ struct AttentionInput {
   const int32_t* page_table = nullptr;     // [b, max_pages], paged k and v
   int64_t page_table_stride = 0;           // elements between the rows of page_table (>= max_pages)
   int64_t max_pages = 0;
-  std::span<const int32_t> seqlens_kv;     // [b], keys of each sequence, paged k and v
-  std::optional<float> softmax_scale;      // 1 / sqrt(d_qk) when absent
-  bool gqa_interleave = false;             // query head h reads K/V head h / (h_q / h_kv), or if
-                                           // interleaved h % h_kv
-  int32_t block_size = 128;                // 32, 64 or 128: of queries and of keys
+  std::span<const int32_t> seqlens_kv;  // [b], keys of each sequence, paged k and v
+  std::optional<float> softmax_scale;   // 1 / sqrt(d_qk) when absent
+  bool gqa_interleave = false;          // query head h reads K/V head h / (h_q / h_kv), or if
+                                        // interleaved h % h_kv
+  int32_t block_size = 128;             // 32, 64 or 128: of queries and of keys
 };
 
 // Where and how to run.
@@ -97,7 +98,8 @@ struct Execution {
 };
 
 // Caller's scratch memory, any alignment. Sizes come from the *_workspace_size functions, which
-// run the same layout code as the calls. Contents before and after a call mean nothing.
+// run the same layout code as the calls and need shapes only (data may be nullptr). Contents before
+// and after a call mean nothing.
 struct Workspace {
   void* data = nullptr;
   size_t bytes = 0;

@@ -42,14 +42,14 @@ struct TokenWindow {
 
   bool active() const { return global_window > 0 || local_window > 0; }
   bool sees(int64_t query_position, int64_t key) const {
-    return key <= query_position && (!active() || key < global_window ||
-                                     query_position - key < local_window);
+    return key <= query_position &&
+           (!active() || key < global_window || query_position - key < local_window);
   }
 };
 
 // What attend walks over.
 struct BlockRows {
-  const BlockIndex* csr = nullptr;   // one of csr and bits, or neither: every causal block
+  const BlockIndex* csr = nullptr;  // one of csr and bits, or neither: every causal block
   const BlockBits* bits = nullptr;
   TokenWindow window;
 

@@ -1,0 +1,21 @@
+#include "backend.h"
+
+#include <string>
+
+namespace flexprefill {
+
+const BackendApi& backend_api(Backend backend) {
+  static constexpr BackendApi kReferenceApi{select_reference, attend_reference};
+  static constexpr BackendApi kCpuApi{select_cpu, attend_cpu};
+  switch (backend) {
+    case Backend::kReference:
+      return kReferenceApi;
+    case Backend::kAuto:
+    case Backend::kCpu:
+      return kCpuApi;
+  }
+  throw Error(ErrorCode::kUnsupported, "backend: expected auto, reference or cpu, got number " +
+                                           std::to_string(static_cast<int32_t>(backend)));
+}
+
+}  // namespace flexprefill
