@@ -1,0 +1,240 @@
+// select in double precision: the specification that every other backend is checked against.
+// Scores become float where they enter the decisions of pattern.h, which all backends share. Slow
+// on purpose; allocates.
+#include <algorithm>
+#include <cmath>
+#include <span>
+#include <variant>
+#include <vector>
+
+#include "backend.h"
+#include "math.h"
+#include "select/pattern.h"
+#include "select/select_rows.h"
+
+namespace flexprefill {
+namespace {
+
+using Vector = std::vector<double>;
+
+std::vector<float> to_float(const Vector& x) { return {x.begin(), x.end()}; }
+
+bool has_nan(const Vector& x) {
+  return std::any_of(x.begin(), x.end(), [](double value) { return std::isnan(value); });
+}
+
+Vector load_row(const std::byte* row, int32_t d, DType dtype) {
+  Vector x(d);
+  for (int32_t c = 0; c < d; ++c) x[c] = load_float(row + c * element_size(dtype), dtype);
+  return x;
+}
+
+double dot(const Vector& a, const Vector& b) {
+  double sum = 0;
+  for (size_t c = 0; c < a.size(); ++c) sum += a[c] * b[c];
+  return sum;
+}
+
+// logits becomes weights * exp(logits), divided by its sum.
+void softmax(Vector& logits, const Vector& weights) {
+  const double max = *std::max_element(logits.begin(), logits.end());
+  double sum = 0;
+  for (size_t j = 0; j < logits.size(); ++j) {
+    logits[j] = weights[j] * std::exp(logits[j] - max);
+    sum += logits[j];
+  }
+  for (double& p : logits) p /= sum;
+}
+
+Vector mean_row(const Problem& problem, const RowView& rows, RowRange range) {
+  Vector mean(problem.d_qk, 0.0);
+  for (int64_t i = range.begin; i < range.end; ++i) {
+    const Vector row = load_row(rows.row(i), problem.d_qk, problem.dtype);
+    for (size_t c = 0; c < mean.size(); ++c) mean[c] += row[c];
+  }
+  for (double& x : mean) x /= static_cast<double>(range.end - range.begin);
+  return mean;
+}
+
+// One query head of one sequence.
+struct Head {
+  const Problem& problem;
+  int64_t sequence;
+  int32_t head;
+
+  SequenceLengths lengths = problem.lengths[sequence];
+  BlockGrid grid = problem.grids[sequence];
+  int64_t block_size = problem.block_size;
+  Probe probe = Probe(lengths, block_size);
+  RowView q = problem.q(sequence, head);
+  RowView k = problem.k(sequence, problem.kv_head(head));
+
+  Vector q_row(int64_t i) const { return load_row(q.row(i), problem.d_qk, problem.dtype); }
+  Vector k_row(int64_t j) const { return load_row(k.row(j), problem.d_qk, problem.dtype); }
+};
+
+struct ProbeScores {
+  Vector vertical, slash;      // [s_kv]
+  std::array<Vector, 2> mass;  // [n] of the probe's first and second query block; sum to 1
+  double window_mass = 0;      // inside the token window
+};
+
+// Step 1: A = softmax(scale * q_probe k^T) row by row, and its sums.
+ProbeScores probe_scores(const Head& head, TokenWindow window) {
+  const int64_t s_kv = head.lengths.s_kv;
+  const Vector zero_keys(s_kv, 0.0);
+  const Vector zero_blocks(head.grid.n_kv, 0.0);
+  ProbeScores scores{zero_keys, zero_keys, {zero_blocks, zero_blocks}, 0};
+  std::vector<Vector> keys;
+  for (int64_t j = 0; j < s_kv; ++j) keys.push_back(head.k_row(j));
+  for (int64_t i = 0; i < head.probe.rows; ++i) {
+    const int64_t position = head.probe.position + i;
+    const Vector q = head.q_row(head.probe.first_row + i);
+    Vector a(position + 1);
+    for (int64_t j = 0; j <= position; ++j) a[j] = head.problem.scale * dot(q, keys[j]);
+    softmax(a, Vector(a.size(), 1.0));
+    for (int64_t j = 0; j <= position; ++j) {
+      const double mass = a[j] / static_cast<double>(head.probe.rows);
+      scores.vertical[j] += mass;
+      scores.slash[position - j] += mass;
+      scores.mass[i < head.probe.split ? 0 : 1][j / head.block_size] += mass;
+      if (window.sees(position, j)) scores.window_mass += mass;
+    }
+  }
+  return scores;
+}
+
+std::vector<Vector> key_block_means(const Head& head) {
+  std::vector<Vector> means;
+  for (int64_t begin = 0; begin < head.lengths.s_kv; begin += head.block_size) {
+    const RowRange keys{begin, std::min(begin + head.block_size, head.lengths.s_kv)};
+    means.push_back(mean_row(head.problem, head.k, keys));
+  }
+  return means;
+}
+
+// softmax over the first n key blocks of scale * q_mean . mean(k block j), block j counting as
+// much as its share of a whole block.
+Vector pooled_row(const Head& head, const Vector& q_mean, const std::vector<Vector>& k_means,
+                  int64_t n) {
+  Vector row(n), share(n);
+  for (int64_t j = 0; j < n; ++j) {
+    row[j] = head.problem.scale * dot(q_mean, k_means[j]);
+    share[j] = key_share(head.lengths.s_kv, head.block_size, j);
+  }
+  softmax(row, share);
+  return row;
+}
+
+// The map of step 6, row after row.
+Vector pooled_map(const Head& head, const std::vector<Vector>& k_means) {
+  Vector map;
+  for (int64_t r = 0; r < head.grid.n_q; ++r) {
+    const RowRange rows = q_block_rows(head.lengths, head.grid, head.block_size, r);
+    const Vector row = pooled_row(head, mean_row(head.problem, head.q, rows), k_means,
+                                  head.grid.first_q_block + r + 1);
+    map.insert(map.end(), row.begin(), row.end());
+  }
+  return map;
+}
+
+// BlockChoice with memory of its own.
+struct ChoiceBuffer {
+  explicit ChoiceBuffer(int64_t n)
+      : vertical_block(n),
+        slash_block(n),
+        vertical_bits((n + 63) / 64),
+        slash_bits((n + 63) / 64) {}
+  BlockChoice view() {
+    return {vertical_block.data(), slash_block.data(), vertical_bits.data(), slash_bits.data()};
+  }
+  std::vector<float> vertical_block, slash_block;
+  std::vector<uint64_t> vertical_bits, slash_bits;
+  Histogram histogram;
+};
+
+double kept_mass(const Head& head, const ProbeScores& scores, const HeadRows& rows) {
+  double kept = 0;
+  for (int64_t block = 0; block < head.probe.blocks(); ++block) {
+    const uint64_t* row = rows.block_row(head.probe.first_block + block);
+    for (int64_t j = 0; j < head.grid.n_kv; ++j) {
+      if (has_bit(row, j)) kept += scores.mass[block][j];
+    }
+  }
+  return kept;
+}
+
+// Each selector writes the head's rows and says what it decided; a NaN keeps everything.
+HeadAudit keep_everything(const HeadRows& rows) {
+  rows.write_dense();
+  return {};
+}
+
+HeadAudit select_flex_prefill(const Head& head, const FlexPrefill& pattern, const HeadRows& rows) {
+  const ProbeScores scores = probe_scores(head, {});
+  const std::vector<Vector> k_means = key_block_means(head);
+  const RowRange probe_rows{head.probe.first_row, head.lengths.s_q};
+  const Vector pooled =
+      pooled_row(head, mean_row(head.problem, head.q, probe_rows), k_means, head.grid.n_kv);
+  if (has_nan(scores.vertical) || has_nan(pooled)) return keep_everything(rows);
+
+  ChoiceBuffer buffer(head.grid.n_kv);
+  const FlexPrefillRule rule = flex_prefill_rule(pattern, head.block_size, head.grid.n_kv);
+  const HeadChoice choice = choose_flex_prefill(
+      to_float(scores.vertical).data(), to_float(scores.slash).data(), to_float(pooled).data(),
+      head.lengths.s_kv, head.block_size, rule, buffer.view(), &buffer.histogram);
+  rows.write_choice(buffer.view());
+  if (choice.pattern == HeadPattern::kQueryAware) {
+    const Vector map = pooled_map(head, k_means);
+    if (has_nan(map)) return keep_everything(rows);
+    rows.keep_map(to_float(map).data(), static_cast<int64_t>(map.size()), rule.gamma,
+                  &buffer.histogram);
+  }
+  return make_audit(choice, kept_mass(head, scores, rows), rows.density());
+}
+
+HeadAudit select_vertical_slash(const Head& head, const VerticalSlash& pattern,
+                                const HeadRows& rows) {
+  const ProbeScores scores = probe_scores(head, {});
+  if (has_nan(scores.vertical)) return keep_everything(rows);
+  ChoiceBuffer buffer(head.grid.n_kv);
+  const HeadChoice choice = choose_fixed_sizes(
+      to_float(scores.vertical).data(), to_float(scores.slash).data(), head.lengths.s_kv,
+      head.block_size, pattern, buffer.view(), &buffer.histogram);
+  rows.write_choice(buffer.view());
+  return make_audit(choice, kept_mass(head, scores, rows), rows.density());
+}
+
+HeadAudit select_window(const Head& head, const StreamingLlm& pattern, const HeadRows& rows,
+                        bool audited) {
+  rows.write_window(pattern);
+  if (!audited) return {};
+  const double mass = probe_scores(head, {pattern.global_window, pattern.local_window}).window_mass;
+  return make_audit({.pattern = HeadPattern::kStreaming}, mass, rows.density());
+}
+
+}  // namespace
+
+void select_reference(const Problem& problem, const Pattern& pattern, const Execution&,
+                      Arena& arena, const BlockBits& bits, std::span<HeadAudit> audit) {
+  if (arena.counting()) return;
+  for (int64_t s = 0; s < problem.b(); ++s) {
+    for (int32_t h = 0; h < problem.h_q; ++h) {
+      const Head head{problem, s, h};
+      const HeadRows rows{problem, bits, s, h};
+      HeadAudit result;
+      if (stays_dense(head.lengths, head.block_size, pattern)) {
+        result = keep_everything(rows);
+      } else if (const auto* flex = std::get_if<FlexPrefill>(&pattern)) {
+        result = select_flex_prefill(head, *flex, rows);
+      } else if (const auto* fixed = std::get_if<VerticalSlash>(&pattern)) {
+        result = select_vertical_slash(head, *fixed, rows);
+      } else {
+        result = select_window(head, std::get<StreamingLlm>(pattern), rows, !audit.empty());
+      }
+      if (!audit.empty()) audit[s * problem.h_q + h] = result;
+    }
+  }
+}
+
+}  // namespace flexprefill
