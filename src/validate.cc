@@ -206,19 +206,27 @@ void check_output(const Problem& problem, const TensorView& out, bool same_dtype
   }
   // Every element must have a place of its own: going from the smallest stride up, each stride
   // must pass what the dimensions below it reach.
-  std::array<int32_t, 4> order{0, 1, 2, 3};
-  std::sort(order.begin(), order.begin() + out.rank, [&](int32_t a, int32_t c) {
-    return std::abs(out.strides[a]) < std::abs(out.strides[c]);
-  });
-  int64_t reach = 0;
+  struct Dimension {
+    int64_t stride, size;
+  };
+  std::array<Dimension, 4> ascending{};
+  int32_t n = 0;
   for (int32_t i = 0; i < out.rank; ++i) {
-    const int64_t size = out.shape[order[i]], stride = std::abs(out.strides[order[i]]);
-    if (size == 0) return;
-    if (size == 1) continue;
-    if (stride <= reach) {
+    if (out.shape[i] == 0) return;
+    if (out.shape[i] == 1) continue;
+    const Dimension dimension{std::abs(out.strides[i]), out.shape[i]};
+    int32_t at = n++;
+    for (; at > 0 && ascending[at - 1].stride > dimension.stride; --at) {
+      ascending[at] = ascending[at - 1];
+    }
+    ascending[at] = dimension;
+  }
+  int64_t reach = 0;
+  for (int32_t i = 0; i < n; ++i) {
+    if (ascending[i].stride <= reach) {
       refuse(std::string(name) + ": expected strides that give every element its own place");
     }
-    reach += (size - 1) * stride;
+    reach += (ascending[i].size - 1) * ascending[i].stride;
   }
 }
 

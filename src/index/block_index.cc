@@ -34,26 +34,53 @@ class Reader {
   explicit Reader(std::span<const char> bytes) : left_(bytes) {}
   template <typename T>
   void get(T* values, int64_t n) {
-    if (n < 0 || static_cast<uint64_t>(n) > left_.size() / sizeof(T)) {
-      refuse("stored form ends early: expected " + std::to_string(n) + " more values of " +
-             std::to_string(sizeof(T)) + " bytes, got " + std::to_string(left_.size()) + " bytes");
-    }
-    if (n == 0) return;
+    expect<T>(n);
     std::memcpy(values, left_.data(), n * sizeof(T));
     left_ = left_.subspan(n * sizeof(T));
   }
   template <typename T>
   std::vector<T> get_vector(int64_t n) {
-    if (n < 0 || static_cast<uint64_t>(n) > left_.size() / sizeof(T)) get<T>(nullptr, n);
+    expect<T>(n);  // before anything of that size is allocated
     std::vector<T> values(static_cast<size_t>(n));
-    get(values.data(), n);
+    if (n > 0) get(values.data(), n);
     return values;
   }
   size_t left() const { return left_.size(); }
 
  private:
+  template <typename T>
+  void expect(int64_t n) const {
+    if (n < 0 || static_cast<uint64_t>(n) > left_.size() / sizeof(T)) {
+      refuse("stored form ends early: expected " + std::to_string(n) + " more values of " +
+             std::to_string(sizeof(T)) + " bytes, got " + std::to_string(left_.size()) + " bytes");
+    }
+  }
+
   std::span<const char> left_;
 };
+
+// Checks all but the arrays; returns the number of rows.
+int64_t check_sizes(const BlockIndex& index) {
+  if (!block_size_offered(index.block_size)) {
+    refuse("expected block_size 32, 64 or 128, got " + std::to_string(index.block_size));
+  }
+  if (index.h_q < 1) refuse("expected h_q of at least 1, got " + std::to_string(index.h_q));
+  if (index.global_window < 0 || index.local_window < 0) {
+    refuse("expected windows of at least 0 tokens");
+  }
+  int64_t rows = 0;
+  for (const SequenceLengths& lengths : index.sequences) {
+    if (lengths.s_q < 1 || lengths.s_q > lengths.s_kv || lengths.s_kv > kMostTokens) {
+      refuse("expected 1 <= s_q <= s_kv < 2^31, got s_q = " + std::to_string(lengths.s_q) +
+             ", s_kv = " + std::to_string(lengths.s_kv));
+    }
+    if (__builtin_add_overflow(rows, index.h_q * block_grid(lengths, index.block_size).n_q,
+                               &rows)) {
+      refuse("expected fewer than 2^63 rows");
+    }
+  }
+  return rows;
+}
 
 }  // namespace
 
@@ -77,21 +104,7 @@ int64_t BlockIndex::row_count() const {
 }
 
 void BlockIndex::check() const {
-  if (!block_size_offered(block_size)) {
-    refuse("expected block_size 32, 64 or 128, got " + std::to_string(block_size));
-  }
-  if (h_q < 1) refuse("expected h_q of at least 1, got " + std::to_string(h_q));
-  if (global_window < 0 || local_window < 0) refuse("expected windows of at least 0 tokens");
-  int64_t rows = 0;
-  for (const SequenceLengths& lengths : sequences) {
-    if (lengths.s_q < 1 || lengths.s_q > lengths.s_kv || lengths.s_kv > kMostTokens) {
-      refuse("expected 1 <= s_q <= s_kv < 2^31, got s_q = " + std::to_string(lengths.s_q) +
-             ", s_kv = " + std::to_string(lengths.s_kv));
-    }
-    if (__builtin_add_overflow(rows, h_q * block_grid(lengths, block_size).n_q, &rows)) {
-      refuse("expected fewer than 2^63 rows");
-    }
-  }
+  const int64_t rows = check_sizes(*this);
   if (static_cast<uint64_t>(rows) + 1 != indptr.size()) {
     refuse("indptr: expected rows + 1 = " + std::to_string(rows + 1) + " entries, got " +
            std::to_string(indptr.size()));
@@ -172,15 +185,7 @@ BlockIndex BlockIndex::deserialize(std::span<const char> bytes) {
   index.local_window = counts[1];
   const auto pairs = reader.get_vector<SequenceLengths>(counts[2]);
   index.sequences.assign(pairs.begin(), pairs.end());
-  if (!block_size_offered(index.block_size) || index.h_q < 1) index.check();
-  int64_t rows = 0;
-  for (const SequenceLengths& lengths : index.sequences) {
-    if (lengths.s_q < 1 || lengths.s_q > lengths.s_kv || lengths.s_kv > kMostTokens ||
-        __builtin_add_overflow(rows, index.h_q * block_grid(lengths, index.block_size).n_q,
-                               &rows)) {
-      index.check();
-    }
-  }
+  const int64_t rows = check_sizes(index);
   index.indptr = reader.get_vector<int64_t>(rows + 1);
   index.indices = reader.get_vector<int32_t>(counts[3]);
   if (reader.left() != 0) {
@@ -196,6 +201,7 @@ BlockIndex dense_block_index(std::span<const SequenceLengths> sequences, int32_t
   index.block_size = block_size;
   index.h_q = h_q;
   index.sequences.assign(sequences.begin(), sequences.end());
+  check_sizes(index);
   for (const SequenceLengths& lengths : sequences) {
     const BlockGrid grid = block_grid(lengths, block_size);
     for (int32_t head = 0; head < h_q; ++head) {
