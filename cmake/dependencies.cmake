@@ -8,10 +8,14 @@ if(NOT hwy_FOUND)
   set(HWY_ENABLE_TESTS OFF)
   set(HWY_ENABLE_EXAMPLES OFF)
   set(HWY_ENABLE_CONTRIB OFF)
+  set(HWY_FORCE_STATIC_LIBS ON)
   FetchContent_Declare(highway URL
     https://github.com/google/highway/archive/refs/tags/1.2.0.tar.gz)
   FetchContent_MakeAvailable(highway)
-  add_library(hwy::hwy ALIAS hwy)
+  set_target_properties(hwy PROPERTIES POSITION_INDEPENDENT_CODE ON)
+  if(NOT TARGET hwy::hwy)
+    add_library(hwy::hwy ALIAS hwy)
+  endif()
 endif()
 
 # oneTBB: the thread pool. It shares a process with OpenMP and with other users of TBB.
@@ -23,3 +27,15 @@ if(NOT TBB_FOUND)
     https://github.com/oneapi-src/oneTBB/archive/refs/tags/v2021.13.0.tar.gz)
   FetchContent_MakeAvailable(tbb)
 endif()
+
+# GoogleTest: the C++ tests, only where they are built.
+macro(flexprefill_find_googletest)
+  find_package(GTest 1.12 CONFIG QUIET)
+  if(NOT GTest_FOUND)
+    message(STATUS "GoogleTest not found (Debian: libgtest-dev): fetching 1.15.2")
+    set(INSTALL_GTEST OFF)
+    FetchContent_Declare(googletest URL
+      https://github.com/google/googletest/archive/refs/tags/v1.15.2.tar.gz)
+    FetchContent_MakeAvailable(googletest)
+  endif()
+endmacro()

@@ -1,0 +1,378 @@
+// The C API: statuses and messages, struct versions, and the index through every form.
+#include "flexprefill/c_api.h"
+
+#include <gtest/gtest.h>
+
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "flexprefill/flexprefill.h"
+
+namespace {
+
+struct DestroyIndex {
+  void operator()(flexprefill_block_index* index) const { flexprefill_block_index_destroy(index); }
+};
+using IndexPointer = std::unique_ptr<flexprefill_block_index, DestroyIndex>;
+
+std::string last_error() { return flexprefill_last_error(); }
+
+// One batch of two sequences, 2 query heads over 1 K/V head, with memory for all of it.
+struct Call {
+  static constexpr int64_t kB = 2, kSq = 200, kSkv = 260, kHq = 2, kHkv = 1, kD = 16;
+  std::vector<float> q = values(kB * kSq * kHq * kD), k = values(kB * kSkv * kHkv * kD);
+  std::vector<float> v = values(kB * kSkv * kHkv * kD);
+  std::vector<float> out = std::vector<float>(q.size(), 7.0f);
+  flexprefill_input input = flexprefill_input_default();
+  flexprefill_pattern pattern = flexprefill_pattern_default(FLEXPREFILL_PATTERN_VERTICAL_SLASH);
+  flexprefill_execution execution = flexprefill_execution_default();
+  flexprefill_tensor out_tensor{};
+  std::vector<std::byte> workspace = std::vector<std::byte>(8 << 20);
+
+  Call() {
+    input.q = tensor(q, {kB, kSq, kHq, kD});
+    input.k = tensor(k, {kB, kSkv, kHkv, kD});
+    input.v = tensor(v, {kB, kSkv, kHkv, kD});
+    input.block_size = 32;
+    out_tensor = tensor(out, {kB, kSq, kHq, kD});
+    pattern.vertical_size = pattern.slash_size = 64;
+  }
+
+  static std::vector<float> values(int64_t n) {
+    std::vector<float> values(static_cast<size_t>(n));
+    for (size_t i = 0; i < values.size(); ++i) values[i] = std::sin(0.37f * static_cast<float>(i));
+    return values;
+  }
+  static flexprefill_tensor tensor(std::vector<float>& data, std::array<int64_t, 4> shape) {
+    return flexprefill_tensor_contiguous(data.data(), FLEXPREFILL_FLOAT32, 4, shape.data());
+  }
+  flexprefill_status prefill() {
+    return flexprefill_prefill(&input, &pattern, &execution, workspace.data(), workspace.size(),
+                               &out_tensor, nullptr, nullptr, 0);
+  }
+  // The call must be refused with this status, a message with this word and `out` as it was.
+  void expect_refused(flexprefill_status status, const std::string& word) {
+    EXPECT_EQ(prefill(), status) << last_error();
+    EXPECT_NE(last_error().find(word), std::string::npos) << last_error();
+    EXPECT_EQ(out, std::vector<float>(out.size(), 7.0f));
+  }
+  IndexPointer select() {
+    flexprefill_block_index* index = nullptr;
+    EXPECT_EQ(flexprefill_block_index_create(&index), FLEXPREFILL_OK);
+    EXPECT_EQ(flexprefill_select(&input, &pattern, &execution, workspace.data(), workspace.size(),
+                                 index, nullptr, 0),
+              FLEXPREFILL_OK)
+        << last_error();
+    return IndexPointer(index);
+  }
+};
+
+TEST(CApi, GivesWhatTheCppApiGives) {
+  Call call;
+  std::vector<flexprefill_head_audit> audit(Call::kB * Call::kHq);
+  ASSERT_EQ(flexprefill_prefill(&call.input, &call.pattern, &call.execution, call.workspace.data(),
+                                call.workspace.size(), &call.out_tensor, nullptr, audit.data(),
+                                static_cast<int64_t>(audit.size())),
+            FLEXPREFILL_OK)
+      << last_error();
+
+  using namespace flexprefill;
+  const auto view = [](std::vector<float>& data, std::array<int64_t, 4> shape) {
+    return contiguous_view(data.data(), DType::kFloat32, shape);
+  };
+  AttentionInput input;
+  input.q = view(call.q, {Call::kB, Call::kSq, Call::kHq, Call::kD});
+  input.k = view(call.k, {Call::kB, Call::kSkv, Call::kHkv, Call::kD});
+  input.v = view(call.v, {Call::kB, Call::kSkv, Call::kHkv, Call::kD});
+  input.block_size = 32;
+  std::vector<float> out(call.out.size());
+  std::vector<HeadAudit> cpp_audit(audit.size());
+  const Pattern pattern = VerticalSlash{64, 64};
+  WorkspaceBuffer buffer;
+  prefill(input, pattern, {}, buffer.reserve(prefill_workspace_size(input, pattern, {})),
+          view(out, {Call::kB, Call::kSq, Call::kHq, Call::kD}), {}, cpp_audit);
+  EXPECT_EQ(call.out, out);
+  for (size_t h = 0; h < audit.size(); ++h) {
+    EXPECT_EQ(audit[h].pattern, static_cast<int32_t>(cpp_audit[h].pattern));
+    EXPECT_EQ(audit[h].vertical_blocks, cpp_audit[h].vertical_blocks);
+    EXPECT_EQ(audit[h].slash_blocks, cpp_audit[h].slash_blocks);
+    EXPECT_EQ(audit[h].kept_mass, cpp_audit[h].kept_mass);
+    EXPECT_EQ(audit[h].density, cpp_audit[h].density);
+    EXPECT_LT(audit[h].density, 1);
+  }
+}
+
+TEST(CApi, SizeQueriesAreEnough) {
+  Call call;
+  size_t bytes = 0;
+  ASSERT_EQ(flexprefill_prefill_workspace_size(&call.input, &call.pattern, &call.execution, &bytes),
+            FLEXPREFILL_OK);
+  ASSERT_LT(bytes, call.workspace.size());
+  ASSERT_GT(bytes, 0u);
+  // From an odd address, too.
+  EXPECT_EQ(
+      flexprefill_prefill(&call.input, &call.pattern, &call.execution, call.workspace.data() + 1,
+                          bytes, &call.out_tensor, nullptr, nullptr, 0),
+      FLEXPREFILL_OK)
+      << last_error();
+}
+
+TEST(CApi, RefusesBadArguments) {
+  Call call;
+  call.input.q.dtype = 9;
+  call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "q");
+  call = Call();
+  call.input.k.rank = 5;
+  call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "k");
+  call = Call();
+  call.input.v.shape[1] = 3;
+  call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "v");
+  call = Call();
+  call.input.block_size = 48;
+  call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "block_size");
+  call = Call();
+  call.pattern.kind = 17;
+  call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "pattern.kind");
+  call = Call();
+  call.pattern = flexprefill_pattern_default(FLEXPREFILL_PATTERN_FLEX_PREFILL);
+  call.pattern.max_budget = -2;
+  call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "max_budget");
+  call = Call();
+  call.execution.num_threads = -1;
+  call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "num_threads");
+  call = Call();
+  call.execution.cpu_target = 99;
+  call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "cpu_target");
+  call = Call();
+  call.execution.backend = 99;
+  call.expect_refused(FLEXPREFILL_UNSUPPORTED, "backend");
+  call = Call();
+  call.input.seqlens_kv_count = -1;
+  call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "seqlens_kv");
+  call = Call();
+  call.input.cu_seqlens_q_count = 3;
+  call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "cu_seqlens_q");
+  call = Call();
+  call.workspace.resize(1);
+  call.expect_refused(FLEXPREFILL_WORKSPACE_TOO_SMALL, "workspace");
+}
+
+TEST(CApi, RefusesNullPointers) {
+  Call call;
+  size_t bytes = 0;
+  EXPECT_EQ(flexprefill_prefill_workspace_size(nullptr, nullptr, nullptr, &bytes),
+            FLEXPREFILL_INVALID_ARGUMENT);
+  EXPECT_NE(last_error().find("input"), std::string::npos);
+  EXPECT_EQ(flexprefill_attend_workspace_size(&call.input, nullptr, nullptr),
+            FLEXPREFILL_INVALID_ARGUMENT);
+  EXPECT_EQ(flexprefill_attend(&call.input, nullptr, nullptr, call.workspace.data(),
+                               call.workspace.size(), nullptr, nullptr),
+            FLEXPREFILL_INVALID_ARGUMENT);
+  EXPECT_NE(last_error().find("out"), std::string::npos);
+  EXPECT_EQ(flexprefill_select(&call.input, nullptr, nullptr, call.workspace.data(),
+                               call.workspace.size(), nullptr, nullptr, 0),
+            FLEXPREFILL_INVALID_ARGUMENT);
+  EXPECT_EQ(flexprefill_block_index_create(nullptr), FLEXPREFILL_INVALID_ARGUMENT);
+  EXPECT_EQ(flexprefill_block_index_check(nullptr), FLEXPREFILL_INVALID_ARGUMENT);
+  EXPECT_EQ(flexprefill_workspace_create(nullptr), FLEXPREFILL_INVALID_ARGUMENT);
+  flexprefill_block_index_destroy(nullptr);
+  flexprefill_workspace_destroy(nullptr);
+}
+
+TEST(CApi, StructsOfOtherVersions) {
+  // One without a size, as from a caller that set every field by hand.
+  Call call;
+  call.input.struct_size = 0;
+  call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "struct_size");
+
+  // One from a later header: taken while the part that is unknown here is 0.
+  struct Later {
+    flexprefill_execution known = flexprefill_execution_default();
+    int64_t unknown = 0;
+  } later;
+  later.known.struct_size = sizeof(later);
+  call = Call();
+  const auto prefill = [&] {
+    return flexprefill_prefill(&call.input, &call.pattern, &later.known, call.workspace.data(),
+                               call.workspace.size(), &call.out_tensor, nullptr, nullptr, 0);
+  };
+  later.unknown = 1;
+  EXPECT_EQ(prefill(), FLEXPREFILL_UNSUPPORTED);
+  EXPECT_NE(last_error().find("execution"), std::string::npos);
+  later.unknown = 0;
+  EXPECT_EQ(prefill(), FLEXPREFILL_OK) << last_error();
+}
+
+TEST(CApi, MessagesBelongToTheirThread) {
+  EXPECT_EQ(flexprefill_block_index_check(nullptr), FLEXPREFILL_INVALID_ARGUMENT);
+  const std::string before = last_error();
+  std::string at_first, after;
+  std::thread([&] {
+    at_first = last_error();
+    flexprefill_workspace_reserve(nullptr, 1, nullptr);
+    after = last_error();
+  }).join();
+  EXPECT_EQ(at_first, "");
+  EXPECT_NE(after, "");
+  EXPECT_NE(after, before);
+  EXPECT_EQ(last_error(), before);
+}
+
+TEST(CApi, OutOfMemoryIsAStatus) {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  GTEST_SKIP() << "the sanitizer ends the program when memory runs out";
+#endif
+  flexprefill_workspace* workspace = nullptr;
+  ASSERT_EQ(flexprefill_workspace_create(&workspace), FLEXPREFILL_OK);
+  void* data = nullptr;
+  EXPECT_EQ(flexprefill_workspace_reserve(workspace, std::numeric_limits<size_t>::max() / 4, &data),
+            FLEXPREFILL_OUT_OF_MEMORY);
+  EXPECT_EQ(data, nullptr);
+  EXPECT_EQ(flexprefill_workspace_reserve(workspace, 64, &data), FLEXPREFILL_OK);
+  EXPECT_NE(data, nullptr);
+  flexprefill_workspace_destroy(workspace);
+}
+
+TEST(CApiIndex, ViewSerializeDeserializeCopy) {
+  Call call;
+  const IndexPointer index = call.select();
+  flexprefill_block_index_view view = flexprefill_block_index_view_default();
+  ASSERT_EQ(flexprefill_block_index_get_view(index.get(), &view), FLEXPREFILL_OK);
+  EXPECT_EQ(view.block_size, 32);
+  EXPECT_EQ(view.h_q, Call::kHq);
+  ASSERT_EQ(view.sequence_count, Call::kB);
+  EXPECT_EQ(view.sequence_lengths[0], Call::kSq);
+  EXPECT_EQ(view.sequence_lengths[1], Call::kSkv);
+  int64_t first_q_block = 0, n_q = 0, n_kv = 0;
+  ASSERT_EQ(flexprefill_block_grid(Call::kSq, Call::kSkv, 32, &first_q_block, &n_q, &n_kv),
+            FLEXPREFILL_OK);
+  EXPECT_EQ(first_q_block, 1);  // query row 0 stands at position 60
+  EXPECT_EQ(n_kv, 9);
+  EXPECT_EQ(n_q, 8);
+  ASSERT_EQ(view.indptr_count, Call::kB * Call::kHq * n_q + 1);
+  EXPECT_EQ(view.indptr[view.indptr_count - 1], view.indices_count);
+
+  size_t size = 0;
+  ASSERT_EQ(flexprefill_block_index_serialize(index.get(), nullptr, 0, &size), FLEXPREFILL_OK);
+  std::vector<char> bytes(size);
+  EXPECT_EQ(flexprefill_block_index_serialize(index.get(), bytes.data(), size - 1, &size),
+            FLEXPREFILL_INVALID_ARGUMENT);
+  ASSERT_EQ(flexprefill_block_index_serialize(index.get(), bytes.data(), size, &size),
+            FLEXPREFILL_OK);
+  flexprefill_block_index *loaded = nullptr, *copied = nullptr;
+  ASSERT_EQ(flexprefill_block_index_deserialize(bytes.data(), size, &loaded), FLEXPREFILL_OK);
+  const IndexPointer loaded_owner(loaded);
+  ASSERT_EQ(flexprefill_block_index_from_view(&view, &copied), FLEXPREFILL_OK) << last_error();
+  const IndexPointer copied_owner(copied);
+  for (const flexprefill_block_index* other : {loaded, copied}) {
+    flexprefill_block_index_view got = flexprefill_block_index_view_default();
+    ASSERT_EQ(flexprefill_block_index_get_view(other, &got), FLEXPREFILL_OK);
+    ASSERT_EQ(got.indptr_count, view.indptr_count);
+    ASSERT_EQ(got.indices_count, view.indices_count);
+    EXPECT_EQ(0, std::memcmp(got.indptr, view.indptr, sizeof(int64_t) * view.indptr_count));
+    EXPECT_EQ(0, std::memcmp(got.indices, view.indices, sizeof(int32_t) * view.indices_count));
+  }
+  bytes[0] = 'X';
+  EXPECT_EQ(flexprefill_block_index_deserialize(bytes.data(), size, &loaded),
+            FLEXPREFILL_INVALID_ARGUMENT);
+}
+
+TEST(CApiIndex, DenseIndexGivesDenseAttention) {
+  Call call;
+  const int64_t lengths[2 * Call::kB] = {Call::kSq, Call::kSkv, Call::kSq, Call::kSkv};
+  flexprefill_block_index* index = nullptr;
+  ASSERT_EQ(flexprefill_block_index_dense(lengths, Call::kB, Call::kHq, 32, &index),
+            FLEXPREFILL_OK);
+  const IndexPointer owner(index);
+  double density = 0;
+  ASSERT_EQ(flexprefill_block_index_density(index, &density), FLEXPREFILL_OK);
+  EXPECT_EQ(density, 1);
+  const auto attend = [&](const flexprefill_block_index* kept) {
+    EXPECT_EQ(flexprefill_attend(&call.input, kept, &call.execution, call.workspace.data(),
+                                 call.workspace.size(), &call.out_tensor, nullptr),
+              FLEXPREFILL_OK)
+        << last_error();
+    return call.out;
+  };
+  EXPECT_EQ(attend(index), attend(nullptr));
+}
+
+TEST(CApiIndex, RefusesAnIndexThatIsNotOne) {
+  // One sequence of two blocks, one head: rows {0}, {0, 1}.
+  const int64_t lengths[2] = {64, 64};
+  int64_t indptr[3] = {0, 1, 3};
+  int32_t indices[3] = {0, 0, 1};
+  flexprefill_block_index_view view = flexprefill_block_index_view_default();
+  view.block_size = 32;
+  view.h_q = 1;
+  view.sequence_lengths = lengths;
+  view.sequence_count = 1;
+  view.indptr = indptr;
+  view.indptr_count = 3;
+  view.indices = indices;
+  view.indices_count = 3;
+  const auto expect_refused = [&](const std::string& word) {
+    flexprefill_block_index* index = nullptr;
+    EXPECT_EQ(flexprefill_block_index_from_view(&view, &index), FLEXPREFILL_INVALID_ARGUMENT);
+    EXPECT_EQ(index, nullptr);
+    EXPECT_NE(last_error().find(word), std::string::npos) << last_error();
+  };
+  flexprefill_block_index* index = nullptr;
+  ASSERT_EQ(flexprefill_block_index_from_view(&view, &index), FLEXPREFILL_OK) << last_error();
+  flexprefill_block_index_destroy(index);
+
+  indices[2] = 2;
+  expect_refused("row 1");
+  indices[2] = 0;
+  expect_refused("row 1");
+  indices[2] = 1;
+  indices[0] = -1;
+  expect_refused("row 0");
+  indices[0] = 0;
+  indptr[1] = 4;
+  expect_refused("indptr");
+  indptr[1] = 1;
+  view.indptr_count = 2;
+  expect_refused("indptr");
+  view.indptr_count = 3;
+  view.h_q = 0;
+  expect_refused("h_q");
+  view.h_q = 1;
+  view.sequence_lengths = nullptr;
+  expect_refused("sequence_lengths");
+}
+
+TEST(CApiIndex, RefusesHostileDenseIndex) {
+  const int64_t lengths[2] = {64, 64};
+  flexprefill_block_index* index = nullptr;
+  EXPECT_EQ(flexprefill_block_index_dense(lengths, 1, 1, 0, &index), FLEXPREFILL_INVALID_ARGUMENT);
+  EXPECT_EQ(flexprefill_block_index_dense(lengths, 1, -1, 32, &index),
+            FLEXPREFILL_INVALID_ARGUMENT);
+  const int64_t upside_down[2] = {64, 32};
+  EXPECT_EQ(flexprefill_block_index_dense(upside_down, 1, 1, 32, &index),
+            FLEXPREFILL_INVALID_ARGUMENT);
+  EXPECT_EQ(index, nullptr);
+}
+
+TEST(CApi, NamesAndVersions) {
+  EXPECT_EQ(flexprefill_version(), flexprefill::version());
+  EXPECT_EQ(flexprefill_c_api_version(), FLEXPREFILL_C_API_VERSION);
+  EXPECT_EQ(flexprefill_cpu_target_name(-1), nullptr);
+  EXPECT_EQ(flexprefill_cpu_target_name(7), nullptr);
+  const int32_t n = flexprefill_cpu_targets(nullptr, 0);
+  ASSERT_GE(n, 1);
+  std::vector<int32_t> targets(n, -1);
+  EXPECT_EQ(flexprefill_cpu_targets(targets.data(), n), n);
+  for (const int32_t target : targets) EXPECT_NE(flexprefill_cpu_target_name(target), nullptr);
+  targets.assign(n, -1);
+  EXPECT_EQ(flexprefill_cpu_targets(targets.data(), 0), n);
+  EXPECT_EQ(targets[0], -1);
+}
+
+}  // namespace

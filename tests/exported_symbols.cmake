@@ -1,0 +1,16 @@
+# Fails if the shared library shows a name that is not flexprefill's, or no C API.
+execute_process(COMMAND ${NM} -D -C --defined-only ${LIBRARY}
+  OUTPUT_VARIABLE symbols COMMAND_ERROR_IS_FATAL ANY)
+string(REGEX MATCHALL "[^\n]+" lines "${symbols}")
+set(c_functions 0)
+foreach(line IN LISTS lines)
+  if(line MATCHES "^[0-9a-f]+ T flexprefill_[a-z_]+$")
+    math(EXPR c_functions "${c_functions} + 1")
+  elseif(NOT line MATCHES "^[0-9a-f]+ [A-Za-z] (vtable for |typeinfo for |typeinfo name for )?flexprefill::")
+    message(SEND_ERROR "not a name of the library: ${line}")
+  endif()
+endforeach()
+if(c_functions LESS 20)
+  message(SEND_ERROR "expected at least 20 functions of the C API, found ${c_functions}")
+endif()
+message(STATUS "${c_functions} functions of the C API")
