@@ -1,0 +1,39 @@
+// Threads of the CPU backend: one loop over numbered tasks, each worker with scratch of its own.
+#ifndef FLEXPREFILL_SRC_CPU_PARALLEL_H_
+#define FLEXPREFILL_SRC_CPU_PARALLEL_H_
+
+#include <atomic>
+#include <cstdint>
+
+#include <oneapi/tbb/info.h>
+#include <oneapi/tbb/parallel_for.h>
+#include <oneapi/tbb/partitioner.h>
+#include <oneapi/tbb/task_arena.h>
+
+#include "flexprefill/types.h"
+
+namespace flexprefill {
+
+// Workers of a call: as many as asked for, or as TBB's default.
+inline int worker_count(const Execution& execution) {
+  return execution.num_threads > 0 ? execution.num_threads
+                                   : oneapi::tbb::info::default_concurrency();
+}
+
+// Runs task(worker, t) for t = 0 .. n_tasks - 1, begun in this order; the next free worker takes
+// the next task. worker is below `workers`, and no two tasks run as one worker at a time.
+template <typename Task>
+void parallel_tasks(int workers, int64_t n_tasks, const Task& task) {
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int worker) {
+    for (int64_t t = next++; t < n_tasks; t = next++) task(worker, t);
+  };
+  if (workers == 1 || n_tasks <= 1) return work(0);
+  oneapi::tbb::task_arena arena(workers);
+  arena.execute(
+      [&] { oneapi::tbb::parallel_for(0, workers, work, oneapi::tbb::simple_partitioner()); });
+}
+
+}  // namespace flexprefill
+
+#endif  // FLEXPREFILL_SRC_CPU_PARALLEL_H_
