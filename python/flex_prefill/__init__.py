@@ -1,0 +1,66 @@
+"""FlexPrefill (arXiv 2502.20766): sparse attention for long prompts.
+
+    out = flex_prefill.prefill(q, k, v, flex_prefill.FlexPrefill(gamma=0.9))
+
+takes torch, NumPy or JAX tensors ``[b, s, h, d]``; ``flex_prefill.attention`` says all that a call
+can take. ``patch_model`` puts it into a transformers model. Importing this imports neither torch
+nor transformers.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from flex_prefill import _core
+from flex_prefill._core import UnsupportedError
+from flex_prefill.attention import attend, flex_prefill_attention, prefill, select
+from flex_prefill.audit import Audit
+from flex_prefill.block_index import BlockIndex
+from flex_prefill.patterns import Dense, FlexPrefill, Pattern, StreamingLlm, VerticalSlash
+
+__all__ = [
+    "Audit",
+    "BlockIndex",
+    "Dense",
+    "FlexPrefill",
+    "Pattern",
+    "StreamingLlm",
+    "UnsupportedError",
+    "VerticalSlash",
+    "__version__",
+    "attend",
+    "disable_hf_flash_attention_check",
+    "flex_prefill_attention",
+    "get_config_example",
+    "info",
+    "patch_model",
+    "prefill",
+    "select",
+]
+
+__version__ = _core.version()
+
+_FROM_PATCH = ("disable_hf_flash_attention_check", "get_config_example", "patch_model")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FROM_PATCH:  # these import transformers
+        from flex_prefill import patch
+
+        return getattr(patch, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def info() -> dict[str, Any]:
+    """What this build has and this machine runs.
+
+    version; cpu_targets: names for ``cpu_target``, best first; threads: as many as the process may
+    use.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)
+    return {
+        "version": __version__,
+        "cpu_targets": _core.supported_cpu_targets(),
+        "threads": len(affinity(0)) if affinity else os.cpu_count() or 1,
+    }

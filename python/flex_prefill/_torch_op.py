@@ -1,0 +1,184 @@
+"""The torch side: the custom op ``torch.ops.flex_prefill.prefill``, and gradients refused.
+
+Imported when the first torch tensor comes, never before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from flex_prefill import attention
+from flex_prefill._tensors import int32_array
+from flex_prefill.block_index import BlockIndex
+from flex_prefill.patterns import Pattern, from_values
+
+_LENGTHS = {"cu_seqlens_q": 1, "cu_seqlens_kv": 1, "page_table": 2, "seqlens_kv": 1}
+
+
+def _refuse_backward(ctx: Any, *gradients: Any) -> Any:
+    raise RuntimeError(
+        "flex_prefill computes the forward pass only: call it under torch.no_grad() or "
+        "torch.inference_mode(), or detach its inputs"
+    )
+
+
+# Results that were not asked for are empty tensors: an op always returns the same number.
+@torch.library.custom_op("flex_prefill::prefill", mutates_args=())
+def _prefill_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: str,
+    pattern_values: Sequence[float],
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_kv: torch.Tensor | None,
+    page_table: torch.Tensor | None,
+    seqlens_kv: torch.Tensor | None,
+    softmax_scale: float | None,
+    gqa_interleave: bool,
+    block_size: int,
+    backend: str,
+    cpu_target: str,
+    num_threads: int,
+    return_lse: bool,
+    audit: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    out, lse, rows = attention.run_prefill(
+        q,
+        k,
+        v,
+        from_values(pattern, pattern_values),
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_kv=cu_seqlens_kv,
+        page_table=page_table,
+        seqlens_kv=seqlens_kv,
+        softmax_scale=softmax_scale,
+        gqa_interleave=gqa_interleave,
+        block_size=block_size,
+        backend=backend,
+        cpu_target=cpu_target,
+        num_threads=num_threads,
+        return_lse=return_lse,
+        audit=audit,
+    )
+    return (
+        out,
+        torch.empty(0) if lse is None else lse,
+        torch.empty(0) if rows is None else torch.from_numpy(rows),
+    )
+
+
+@_prefill_op.register_fake
+def _prefill_fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: str,
+    pattern_values: Sequence[float],
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_kv: torch.Tensor | None,
+    page_table: torch.Tensor | None,
+    seqlens_kv: torch.Tensor | None,
+    softmax_scale: float | None,
+    gqa_interleave: bool,
+    block_size: int,
+    backend: str,
+    cpu_target: str,
+    num_threads: int,
+    return_lse: bool,
+    audit: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    lse = attention.lse_shape(q) if return_lse else (0,)
+    rows = attention.audit_shape(q, cu_seqlens_q) if audit else (0,)
+    return (
+        q.new_empty(attention.out_shape(q, v)),
+        q.new_empty(lse, dtype=torch.float32),
+        q.new_empty(rows, dtype=torch.float32),
+    )
+
+
+_prefill_op.register_autograd(_refuse_backward)
+
+
+class _Attend(torch.autograd.Function):
+    """run_attend as a node of the graph whose backward is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any, index: Any, options: dict[str, Any]) -> Any:
+        out, lse = attention.run_attend(q, k, v, index, **options)
+        return out if lse is None else (out, lse)
+
+    backward = staticmethod(_refuse_backward)
+
+
+def _check_kind(*tensors: tuple[Any, str]) -> None:
+    for tensor, name in tensors:
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor as q is, got {type(tensor)}")
+
+
+def _check_out(*inputs: torch.Tensor) -> None:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        raise RuntimeError(
+            "out: expected inputs that require no gradient when out is given (call under "
+            "torch.no_grad())"
+        )
+
+
+def prefill(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Pattern,
+    *,
+    return_lse: bool,
+    audit: bool,
+    out: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None, npt.NDArray[np.float32] | None]:
+    """attention.run_prefill through the op, which torch.compile and autograd know."""
+    _check_kind((k, "k"), (v, "v"))
+    if out is not None:
+        _check_out(q, k, v, out)
+        return attention.run_prefill(
+            q, k, v, pattern, return_lse=return_lse, audit=audit, out=out, **options
+        )
+    for name, rank in _LENGTHS.items():
+        lengths = options[name]
+        if lengths is not None and not isinstance(lengths, torch.Tensor):
+            options[name] = torch.from_numpy(int32_array(lengths, name, rank))
+    result, lse, rows = _prefill_op(
+        q,
+        k,
+        v,
+        pattern.name,
+        pattern.values(),
+        return_lse=return_lse,
+        audit=audit,
+        **options,
+    )
+    return result, lse if return_lse else None, rows.numpy() if audit else None
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    index: BlockIndex | None,
+    *,
+    return_lse: bool,
+    out: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """attention.run_attend, known to autograd."""
+    _check_kind((k, "k"), (v, "v"))
+    if out is not None:
+        _check_out(q, k, v, out)
+        return attention.run_attend(q, k, v, index, return_lse=return_lse, out=out, **options)
+    result = _Attend.apply(q, k, v, index, {"return_lse": return_lse, **options})
+    return result if return_lse else (result, None)

@@ -1,0 +1,49 @@
+"""What a call decided, head by head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Audit"]
+
+_HEAD_PATTERNS = np.array(["dense", "vertical_slash", "query_aware", "streaming"])
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was decided for every query head of every sequence: arrays ``[b, h_q]``.
+
+    pattern: "dense", "vertical_slash", "query_aware" or "streaming".
+    jsd_sqrt: distance between the two estimates of the block scores; 0 where not computed.
+    vertical_blocks, slash_blocks: how many vertical blocks and block distances were chosen.
+    kept_mass: share of the probe's attention mass that lies in kept blocks.
+    density: kept causal blocks / causal blocks.
+    """
+
+    pattern: npt.NDArray[np.str_]
+    jsd_sqrt: npt.NDArray[np.float32]
+    vertical_blocks: npt.NDArray[np.int32]
+    slash_blocks: npt.NDArray[np.int32]
+    kept_mass: npt.NDArray[np.float32]
+    density: npt.NDArray[np.float32]
+
+    @classmethod
+    def from_rows(cls, rows: npt.NDArray[Any]) -> Audit:
+        """From the extension's ``[b, h_q, 6]`` float32: the fields above, in order."""
+        return cls(
+            pattern=_HEAD_PATTERNS[rows[..., 0].astype(np.intp)],
+            jsd_sqrt=rows[..., 1],
+            vertical_blocks=rows[..., 2].astype(np.int32),
+            slash_blocks=rows[..., 3].astype(np.int32),
+            kept_mass=rows[..., 4],
+            density=rows[..., 5],
+        )
+
+    @property
+    def mean_density(self) -> float:
+        """Mean over heads and sequences; 1 for an empty batch."""
+        return float(self.density.mean(dtype=np.float64)) if self.density.size else 1.0
