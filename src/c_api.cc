@@ -211,6 +211,8 @@ class AuditOut {
 
 }  // namespace
 
+// In this namespace they are declared anew, without the attribute of the header.
+#pragma GCC visibility push(default)
 extern "C" {
 
 const char* flexprefill_last_error(void) { return last_error; }
@@ -436,4 +438,5 @@ flexprefill_status flexprefill_workspace_reserve(flexprefill_workspace* workspac
 }
 
 }  // extern "C"
+#pragma GCC visibility pop
 }  // namespace flexprefill
