@@ -202,6 +202,10 @@ void call_prefill(const Call& call, const Pattern& pattern, const Tensor& out, c
   if (audit) write_audit(heads, audit->data());
 }
 
+size_t call_prefill_workspace_size(const Call& call, const Pattern& pattern) {
+  return prefill_workspace_size(call.input, pattern, call.execution);
+}
+
 BlockIndex call_select(const Call& call, const Pattern& pattern, std::optional<AuditArray> audit) {
   std::vector<HeadAudit> heads = audit_storage(audit);
   BlockIndex index;
@@ -361,6 +365,7 @@ NB_MODULE(_core, m) {
       "page_table"_a.none(), "seqlens_kv"_a.none(), "softmax_scale"_a.none(), "gqa_interleave"_a,
       "block_size"_a, "backend"_a, "cpu_target"_a, "num_threads"_a);
   m.def("prefill", &call_prefill, "call"_a, "pattern"_a, "out"_a, "lse"_a.none(), "audit"_a.none());
+  m.def("prefill_workspace_size", &call_prefill_workspace_size, "call"_a, "pattern"_a);
   m.def("select", &call_select, "call"_a, "pattern"_a, "audit"_a.none());
   m.def("attend", &call_attend, "call"_a, "index"_a.none(), "out"_a, "lse"_a.none());
 

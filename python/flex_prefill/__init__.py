@@ -14,7 +14,13 @@ from typing import Any
 
 from flex_prefill import _core
 from flex_prefill._core import UnsupportedError
-from flex_prefill.attention import attend, flex_prefill_attention, prefill, select
+from flex_prefill.attention import (
+    attend,
+    flex_prefill_attention,
+    prefill,
+    prefill_workspace_size,
+    select,
+)
 from flex_prefill.audit import Audit
 from flex_prefill.block_index import BlockIndex
 from flex_prefill.patterns import Dense, FlexPrefill, Pattern, StreamingLlm, VerticalSlash
@@ -36,6 +42,7 @@ __all__ = [
     "info",
     "patch_model",
     "prefill",
+    "prefill_workspace_size",
     "select",
 ]
 

@@ -47,7 +47,7 @@ from flex_prefill.audit import Audit
 from flex_prefill.block_index import BlockIndex
 from flex_prefill.patterns import FlexPrefill, Pattern
 
-__all__ = ["attend", "flex_prefill_attention", "prefill", "select"]
+__all__ = ["attend", "flex_prefill_attention", "prefill", "prefill_workspace_size", "select"]
 
 Lengths: TypeAlias = Any  # a tensor or list of integers, or None
 
@@ -241,6 +241,38 @@ def prefill(
             q, k, v, pattern, return_lse=return_lse, audit=audit, out=out, **options
         )
     return _result(result, lse, None if rows is None else Audit.from_rows(rows))
+
+
+def prefill_workspace_size(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern = FlexPrefill(),  # noqa: B008 (immutable)
+    *,
+    softmax_scale: float | None = None,
+    gqa_interleave: bool = False,
+    block_size: int = 128,
+    backend: str = "auto",
+    cpu_target: str = "auto",
+    num_threads: int = 0,
+) -> int:
+    """Bytes that ``prefill`` of a batch takes for the call, beyond its inputs and outputs."""
+    call, _, _ = _make_call(
+        q,
+        k,
+        v,
+        cu_seqlens_q=None,
+        cu_seqlens_kv=None,
+        page_table=None,
+        seqlens_kv=None,
+        softmax_scale=softmax_scale,
+        gqa_interleave=gqa_interleave,
+        block_size=block_size,
+        backend=backend,
+        cpu_target=cpu_target,
+        num_threads=num_threads,
+    )
+    return _core.prefill_workspace_size(call, pattern.to_core())
 
 
 def select(
