@@ -1,0 +1,282 @@
+// attend on the CPU. A task is one query block of one head: its queries are packed once, then every
+// kept key block goes through scores, online softmax and the product with V, panel by panel.
+//
+//   packed_q  [panels][d_qk, panel]      once a task
+//   keys      [block, d_qk], values [block, d_v]     loaded (converted) once a task and block
+//   s         [block, panel]             scores, then weights, of one panel
+//   o         [panels][d_v, panel]       fp32, with max and sum [panels][panel] of the softmax
+//
+// Only blocks on the diagonal, at the end of the keys and at the edges of a token window are
+// masked. There a key that some queries do not see may hold a NaN, which a weight of 0 would not
+// keep out of their output: rows of V that are not finite are set aside and added query by query.
+// What bounds it, and what was tried: docs/cpu.md.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "backend.h"
+#include "cpu/parallel.h"
+#include "cpu/tile_ops.h"
+#include "math.h"
+
+namespace flexprefill {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr double kLn2 = 0.69314718055994530942;
+constexpr double kLog2E = 1.44269504088896340736;
+
+// One worker's memory.
+struct Scratch {
+  std::byte* packed_q;
+  std::byte* keys;
+  std::byte* values;
+  float* s;
+  float* o;
+  float* max;
+  float* sum;
+  int32_t* blocks;
+};
+
+int panels_of(int64_t n_queries, const TileOps& ops) {
+  return static_cast<int>(ceil_div(n_queries, ops.panel));
+}
+
+Scratch take_scratch(const Problem& problem, const TileOps& ops, Arena& arena) {
+  const int panels = panels_of(problem.block_size, ops);
+  int64_t n_kv = 0;
+  for (const BlockGrid& grid : problem.grids) n_kv = std::max(n_kv, grid.n_kv);
+  return {.packed_q = arena.take<std::byte>(panels * ops.packed_q_bytes(problem.d_qk)),
+          .keys = arena.take<std::byte>(ops.key_bytes(problem.d_qk)),
+          .values = arena.take<std::byte>(ops.value_bytes(problem.d_v)),
+          .s = arena.take<float>(TileOps::kMaxKeys * ops.panel),
+          .o = arena.take<float>(panels * TileOps::output_rows(problem.d_v) * ops.panel),
+          .max = arena.take<float>(panels * ops.panel),
+          .sum = arena.take<float>(panels * ops.panel),
+          .blocks = arena.take<int32_t>(n_kv)};
+}
+
+bool is_finite_row(const std::byte* row, int d, DType dtype) {
+  const size_t size = element_size(dtype);
+  bool finite = true;
+  for (int c = 0; c < d; ++c) finite &= std::isfinite(load_float(row + c * size, dtype));
+  return finite;
+}
+
+class Task {
+ public:
+  Task(const Problem& problem, const BlockRows& rows, const TileOps& ops, const Scratch& scratch,
+       int64_t sequence, int32_t head, int64_t q_row)
+      : problem_(problem),
+        window_(rows.window),
+        ops_(ops),
+        scratch_(scratch),
+        k_(problem.k(sequence, problem.kv_head(head))),
+        v_(problem.v(sequence, problem.kv_head(head))),
+        s_kv_(problem.lengths[sequence].s_kv) {
+    const int64_t offset = s_kv_ - problem.lengths[sequence].s_q;  // position of query row 0
+    const int64_t block = problem.grids[sequence].first_q_block + q_row;
+    first_ = std::max(block * problem.block_size, offset);
+    n_queries_ = static_cast<int>(std::min((block + 1) * problem.block_size, s_kv_) - first_);
+    first_row_ = first_ - offset;
+    n_blocks_ = rows.decode(problem, sequence, head, q_row, scratch.blocks);
+    const float scale = static_cast<float>(problem.scale * kLog2E);
+    // `weigh` takes the maximum before it scales, which needs a positive scale.
+    scores_scale_ = scale > 0 ? 1 : scale;
+    weigh_scale_ = scale > 0 ? scale : 1;
+  }
+
+  void run(RowView q, RowView out, float* lse) {
+    const int panels = panels_of(n_queries_, ops_);
+    for (int p = 0; p < panels; ++p) begin_panel(p, q);
+    for (int64_t e = 0; e < n_blocks_; ++e) {
+      load_block(scratch_.blocks[e]);
+      for (int p = 0; p < panels; ++p) attend_panel(p);
+    }
+    for (int p = 0; p < panels; ++p) finish_panel(p, out, lse);
+  }
+
+ private:
+  int lanes(int p) const { return std::min(ops_.panel, n_queries_ - p * ops_.panel); }
+  int64_t first_position(int p) const { return first_ + p * ops_.panel; }
+  std::byte* packed_q(int p) const {
+    return scratch_.packed_q + p * ops_.packed_q_bytes(problem_.d_qk);
+  }
+  float* o(int p) const { return scratch_.o + p * TileOps::output_rows(problem_.d_v) * ops_.panel; }
+  float* max(int p) const { return scratch_.max + p * ops_.panel; }
+  float* sum(int p) const { return scratch_.sum + p * ops_.panel; }
+
+  void begin_panel(int p, RowView q) {
+    ops_.pack_q(q.row(first_row_ + p * ops_.panel), q.row_stride, lanes(p), problem_.d_qk,
+                packed_q(p));
+    std::fill_n(o(p), TileOps::output_rows(problem_.d_v) * ops_.panel, 0.0f);
+    std::fill_n(max(p), ops_.panel, TileOps::kNoMax);
+    std::fill_n(sum(p), ops_.panel, 0.0f);
+  }
+
+  // The queries [begin, end) of panel p, by lane, that see `key`; a key past the last is seen by
+  // none. Causality and the local window each cut off one side.
+  struct Lanes {
+    int begin, end;
+  };
+  Lanes seeing(int p, int64_t key) const {
+    const int64_t first = first_position(p);
+    if (key >= s_kv_) return {0, 0};
+    const int64_t begin = std::max<int64_t>(key - first, 0);
+    int64_t end = ops_.panel;
+    if (window_.active() && key >= window_.global_window) {
+      end = std::clamp<int64_t>(key + window_.local_window - first, 0, end);
+    }
+    return {static_cast<int>(std::min(begin, end)), static_cast<int>(end)};
+  }
+
+  // Whether every query of the task sees every key of the block.
+  bool all_seen() const {
+    const int64_t last_key = block_first_ + n_keys_ - 1, last_query = first_ + n_queries_ - 1;
+    return last_key <= first_ && (!window_.active() || last_key < window_.global_window ||
+                                  last_query - block_first_ < window_.local_window);
+  }
+
+  void load_block(int32_t block) {
+    const int64_t size = problem_.block_size;
+    block_first_ = block * size;
+    n_keys_ = static_cast<int>(std::min(size, s_kv_ - block_first_));
+    masked_ = !all_seen();
+    n_aside_ = 0;
+    for (int at = 0; at < n_keys_;) {
+      const int64_t key = block_first_ + at;
+      const int n = static_cast<int>(k_.run(key, n_keys_ - at));
+      ops_.load_keys(k_.row(key), k_.row_stride, n, at, problem_.d_qk, scratch_.keys);
+      ops_.load_values(v_.row(key), v_.row_stride, n, at, problem_.d_v, scratch_.values);
+      at += n;
+    }
+    const int padded = pad(n_keys_);
+    for (int at = n_keys_; at < padded; ++at) load_zero_value(at);
+    if (masked_) set_aside();
+  }
+
+  int pad(int n) const { return (n + ops_.key_step - 1) / ops_.key_step * ops_.key_step; }
+
+  void load_zero_value(int at) {
+    alignas(4) static constexpr std::array<std::byte, 4 * TileOps::kMaxHeadDim> kZeros{};
+    ops_.load_values(kZeros.data(), 0, 1, at, problem_.d_v, scratch_.values);
+  }
+
+  void set_aside() {
+    for (int at = 0; at < n_keys_; ++at) {
+      if (is_finite_row(v_.row(block_first_ + at), problem_.d_v, problem_.dtype)) continue;
+      load_zero_value(at);
+      aside_[n_aside_++] = at;
+    }
+  }
+
+  void attend_panel(int p) {
+    // Keys after the panel's last query are left out.
+    const int64_t last = first_position(p) + lanes(p) - 1;
+    const int n = static_cast<int>(std::min<int64_t>(n_keys_, last - block_first_ + 1));
+    const int padded = pad(n);
+    float* s = scratch_.s;
+    ops_.scores(packed_q(p), scratch_.keys, 0, n, problem_.d_qk, s);
+    if (scores_scale_ != 1) {
+      for (int i = 0; i < n * ops_.panel; ++i) s[i] *= scores_scale_;
+    }
+    if (masked_ || n < padded) mask(p, padded);
+    ops_.weigh(s, padded, weigh_scale_, problem_.d_v, max(p), sum(p), o(p));
+    for (int e = 0; e < n_aside_ && aside_[e] < n; ++e) add_aside(p, aside_[e]);
+    ops_.accumulate(s, scratch_.values, padded, problem_.d_v, o(p));
+  }
+
+  void mask(int p, int padded) {
+    for (int at = 0; at < padded; ++at) {
+      float* s = scratch_.s + at * ops_.panel;
+      const Lanes seen = seeing(p, block_first_ + at);
+      std::fill_n(s, seen.begin, -kInfinity);
+      std::fill(s + seen.end, s + ops_.panel, -kInfinity);
+    }
+  }
+
+  void add_aside(int p, int at) {
+    const std::byte* row = v_.row(block_first_ + at);
+    const size_t size = element_size(problem_.dtype);
+    const float* weights = scratch_.s + at * ops_.panel;
+    const Lanes seen = seeing(p, block_first_ + at);
+    for (int c = 0; c < problem_.d_v; ++c) {
+      const float value = load_float(row + c * size, problem_.dtype);
+      float* to = o(p) + c * ops_.panel;
+      for (int lane = seen.begin; lane < seen.end; ++lane) to[lane] += weights[lane] * value;
+    }
+  }
+
+  bool sees_any(int64_t position) const {
+    for (int64_t e = 0; e < n_blocks_; ++e) {
+      const int64_t first = scratch_.blocks[e] * static_cast<int64_t>(problem_.block_size);
+      for (int64_t key = first; key < std::min(first + problem_.block_size, s_kv_); ++key) {
+        if (window_.sees(position, key)) return true;
+      }
+    }
+    return false;
+  }
+
+  void finish_panel(int p, RowView out, float* lse) {
+    const int n = lanes(p);
+    float* sums = sum(p);
+    const int64_t first_row = first_row_ + p * ops_.panel;
+    for (int lane = 0; lane < n; ++lane) {
+      double row_lse = max(p)[lane] * kLn2 + std::log(static_cast<double>(sums[lane]));
+      // No weight at all: a query that sees no key gives 0, one whose scores are all -inf 0 / 0.
+      if (sums[lane] == 0) {
+        const bool nothing = !sees_any(first_position(p) + lane);
+        row_lse = nothing ? -kInfinity : std::numeric_limits<float>::quiet_NaN();
+        if (nothing) sums[lane] = 1;
+      }
+      if (lse != nullptr) lse[first_row + lane] = static_cast<float>(row_lse);
+    }
+    ops_.store(o(p), sums, n, problem_.d_v, out.row(first_row), out.row_stride);
+  }
+
+  const Problem& problem_;
+  const TokenWindow window_;
+  const TileOps& ops_;
+  const Scratch& scratch_;
+  const RowView k_, v_;
+  const int64_t s_kv_;
+  int64_t first_ = 0;      // position of the task's first query
+  int64_t first_row_ = 0;  // its row in q, out and lse
+  int n_queries_ = 0;
+  int64_t n_blocks_ = 0;
+  float scores_scale_ = 1, weigh_scale_ = 1;
+  // The key block in scratch.
+  int64_t block_first_ = 0;
+  int n_keys_ = 0;
+  bool masked_ = false;
+  std::array<int, TileOps::kMaxKeys> aside_;  // rows of V that are not finite
+  int n_aside_ = 0;
+};
+
+}  // namespace
+
+// Tasks are taken in this order: of a sequence, the long rows (its last query blocks) first, and
+// the heads of one query block, which share K and V, one after another.
+void attend_cpu(const Problem& problem, const BlockRows& rows, const Execution& execution,
+                Arena& arena) {
+  const TileOps& ops = tile_ops(execution.cpu_target, problem.dtype);
+  const int64_t n_tasks = problem.first_row.back();
+  const auto workers = static_cast<int>(std::min<int64_t>(worker_count(execution), n_tasks));
+  std::vector<Scratch> scratch;
+  for (int w = 0; w < workers; ++w) scratch.push_back(take_scratch(problem, ops, arena));
+  if (arena.counting()) return;
+
+  parallel_tasks(workers, n_tasks, [&](int worker, int64_t t) {
+    const auto next = std::upper_bound(problem.first_row.begin(), problem.first_row.end(), t);
+    const int64_t sequence = next - problem.first_row.begin() - 1;
+    const int64_t r = t - problem.first_row[sequence];
+    const auto head = static_cast<int32_t>(r % problem.h_q);
+    const int64_t q_row = problem.grids[sequence].n_q - 1 - r / problem.h_q;
+    Task task(problem, rows, ops, scratch[worker], sequence, head, q_row);
+    task.run(problem.q(sequence, head), problem.out(sequence, head), problem.lse(sequence, head));
+  });
+}
+
+}  // namespace flexprefill
