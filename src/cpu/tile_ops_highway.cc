@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "cpu/tile_ops_tables.h"
+#include "math.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/tile_ops_highway.cc"
@@ -44,6 +45,13 @@ constexpr int row_stride(int d) { return ((d + 15) / 16 | 1) * 16; }
 
 // ---- Conversion ---------------------------------------------------------------------------------
 
+// Highway's conversions lose inf and NaN where they are emulated.
+#if HWY_TARGET == HWY_SSSE3 || HWY_TARGET == HWY_SSE4
+constexpr bool kConvertsFloat16 = false;
+#else
+constexpr bool kConvertsFloat16 = true;
+#endif
+
 template <DType kType>
 constexpr int kElementSize = kType == DType::kFloat32 ? 4 : 2;
 
@@ -56,6 +64,17 @@ HWY_INLINE hn::Vec<Part> load_part(const std::byte* p) {
   const Part d;
   if constexpr (kType == DType::kFloat32) {
     return hn::LoadU(d, reinterpret_cast<const float*>(p));
+  } else if constexpr (kType == DType::kFloat16 && !kConvertsFloat16) {
+    const hn::Rebind<uint16_t, Part> d16;
+    const hn::RebindToUnsigned<Part> d32;
+    const auto bits = hn::PromoteTo(d32, hn::LoadU(d16, reinterpret_cast<const uint16_t*>(p)));
+    const auto magnitude = hn::And(bits, hn::Set(d32, 0x7fff));
+    const auto sign = hn::ShiftLeft<16>(hn::Xor(bits, magnitude));
+    // A product moves the exponent, also of subnormal numbers.
+    const auto finite = hn::Mul(hn::BitCast(d, hn::ShiftLeft<13>(magnitude)), hn::Set(d, 0x1p112f));
+    const auto special =
+        hn::IfThenElseZero(hn::Gt(magnitude, hn::Set(d32, 0x7bff)), hn::Set(d32, 0x7f800000));
+    return hn::BitCast(d, hn::Or(hn::Or(hn::BitCast(d32, finite), special), sign));
   } else if constexpr (kType == DType::kFloat16) {
     const hn::Rebind<hwy::float16_t, Part> d16;
     return hn::PromoteTo(d, hn::LoadU(d16, reinterpret_cast<const hwy::float16_t*>(p)));
@@ -73,6 +92,11 @@ HWY_INLINE void store_part(hn::Vec<Part> v, std::byte* p) {
   const Part d;
   if constexpr (kType == DType::kFloat32) {
     hn::StoreU(v, d, reinterpret_cast<float*>(p));
+  } else if constexpr (kType == DType::kFloat16 && !kConvertsFloat16) {
+    for (int i = 0; i < kPart; ++i) {
+      store_float(p + 2 * i, kType, hn::GetLane(v));
+      v = hn::Shuffle0321(v);
+    }
   } else if constexpr (kType == DType::kFloat16) {
     const hn::Rebind<hwy::float16_t, Part> d16;
     hn::StoreU(hn::DemoteTo(d16, v), d16, reinterpret_cast<hwy::float16_t*>(p));
