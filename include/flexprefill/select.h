@@ -17,10 +17,10 @@ struct Dense {};
 
 // FlexPrefill, arXiv 2502.20766, algorithms 1 to 4; docs/design.md has the steps exactly.
 struct FlexPrefill {
-  float gamma = 0.9f;                 // share of the attention mass to cover, in (0, 1]
-  float tau = 0.1f;                   // heads with jsd_sqrt below it are query-aware, in [0, 1]
-  int64_t min_budget = 1024;          // tokens
-  std::optional<int64_t> max_budget;  // tokens; none: no limit
+  float gamma = 0.9f;         // share of the attention mass to cover, in (0, 1]
+  float tau = 0.1f;           // heads with jsd_sqrt below it are query-aware, in [0, 1]
+  int64_t min_budget = 1024;  // tokens
+  std::optional<int64_t> max_budget = std::nullopt;  // tokens; none: no limit
 };
 
 // The vertical-slash pattern with fixed sizes (MInference, arXiv 2407.02490, section 3.2), chosen

@@ -83,11 +83,11 @@ struct AttentionInput {
   const int32_t* page_table = nullptr;     // [b, max_pages], paged k and v
   int64_t page_table_stride = 0;           // elements between the rows of page_table (>= max_pages)
   int64_t max_pages = 0;
-  std::span<const int32_t> seqlens_kv;  // [b], keys of each sequence, paged k and v
-  std::optional<float> softmax_scale;   // 1 / sqrt(d_qk) when absent
-  bool gqa_interleave = false;          // query head h reads K/V head h / (h_q / h_kv), or if
-                                        // interleaved h % h_kv
-  int32_t block_size = 128;             // 32, 64 or 128: of queries and of keys
+  std::span<const int32_t> seqlens_kv;                // [b], keys of each sequence, paged k and v
+  std::optional<float> softmax_scale = std::nullopt;  // 1 / sqrt(d_qk) when absent
+  bool gqa_interleave = false;  // query head h reads K/V head h / (h_q / h_kv), or if
+                                // interleaved h % h_kv
+  int32_t block_size = 128;     // 32, 64 or 128: of queries and of keys
 };
 
 // Where and how to run.

@@ -2,6 +2,7 @@
 // is checked against. Slow on purpose; allocates.
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "backend.h"
@@ -15,37 +16,37 @@ struct Row {
   double lse = 0;
 };
 
-double dot(const std::byte* a, const std::byte* b, int32_t d, DType dtype) {
-  const size_t size = element_size(dtype);
-  double sum = 0;
-  for (int32_t c = 0; c < d; ++c) {
-    sum += static_cast<double>(load_float(a + c * size, dtype)) *
-           static_cast<double>(load_float(b + c * size, dtype));
+// Rows [0, n) of a head as doubles, [n, d].
+std::vector<double> to_double(RowView rows, int64_t n, int32_t d, DType dtype) {
+  std::vector<double> values;
+  values.reserve(n * d);
+  for (int64_t i = 0; i < n; ++i) {
+    const std::byte* row = rows.row(i);
+    for (int32_t c = 0; c < d; ++c)
+      values.push_back(load_float(row + c * element_size(dtype), dtype));
   }
-  return sum;
+  return values;
 }
 
-// One query row over the keys that it sees: softmax(scale * q k^T) v.
-Row attend_row(const Problem& problem, const std::byte* q, RowView k, RowView v,
+// One query row over the keys that it sees: softmax(scale * q k^T) v. q [d_qk], k [s_kv, d_qk],
+// v [s_kv, d_v].
+Row attend_row(const Problem& problem, const double* q, const double* k, const double* v,
                const std::vector<int64_t>& keys) {
   Row row{std::vector<double>(problem.d_v, 0.0), -std::numeric_limits<double>::infinity()};
   if (keys.empty()) return row;
   std::vector<double> logits;
   double max = -std::numeric_limits<double>::infinity();
   for (const int64_t j : keys) {
-    logits.push_back(static_cast<double>(problem.scale) *
-                     dot(q, k.row(j), problem.d_qk, problem.dtype));
+    const double* key = k + j * problem.d_qk;
+    logits.push_back(problem.scale * std::inner_product(q, q + problem.d_qk, key, 0.0));
     if (logits.back() > max) max = logits.back();
   }
   double sum = 0;
   for (size_t e = 0; e < keys.size(); ++e) {
     const double p = std::exp(logits[e] - max);
+    const double* value = v + keys[e] * problem.d_v;
     sum += p;
-    const std::byte* value = v.row(keys[e]);
-    for (int32_t c = 0; c < problem.d_v; ++c) {
-      row.out[c] += p * static_cast<double>(
-                            load_float(value + c * element_size(problem.dtype), problem.dtype));
-    }
+    for (int32_t c = 0; c < problem.d_v; ++c) row.out[c] += p * value[c];
   }
   for (double& element : row.out) element /= sum;
   row.lse = max + std::log(sum);
@@ -64,6 +65,12 @@ void attend_reference(const Problem& problem, const BlockRows& rows, const Execu
     std::vector<int32_t> blocks(grid.n_kv);
     for (int32_t head = 0; head < problem.h_q; ++head) {
       const int32_t kv = problem.kv_head(head);
+      const auto as_double = [&](RowView view, int64_t n, int32_t d) {
+        return to_double(view, n, d, problem.dtype);
+      };
+      const std::vector<double> q = as_double(problem.q(s, head), lengths.s_q, problem.d_qk);
+      const std::vector<double> k = as_double(problem.k(s, kv), lengths.s_kv, problem.d_qk);
+      const std::vector<double> v = as_double(problem.v(s, kv), lengths.s_kv, problem.d_v);
       for (int64_t i = 0; i < lengths.s_q; ++i) {
         const int64_t position = lengths.s_kv - lengths.s_q + i;
         const int64_t q_row = position / block - grid.first_q_block;
@@ -74,8 +81,7 @@ void attend_reference(const Problem& problem, const BlockRows& rows, const Execu
             if (rows.window.sees(position, j)) keys.push_back(j);
           }
         }
-        const Row row = attend_row(problem, problem.q(s, head).row(i), problem.k(s, kv),
-                                   problem.v(s, kv), keys);
+        const Row row = attend_row(problem, q.data() + i * problem.d_qk, k.data(), v.data(), keys);
         std::byte* out = problem.out(s, head).row(i);
         for (int32_t c = 0; c < problem.d_v; ++c) {
           store_float(out + c * element_size(problem.dtype), problem.dtype,

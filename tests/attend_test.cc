@@ -1,0 +1,284 @@
+// attend: every backend and CPU target against the double-precision reference.
+//
+// Tolerance: the error against the reference (run on the inputs upcast to fp32, so that its result
+// is not rounded) is at most twice that of the same computation done naively in the input's type,
+// plus a few units in the last place.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "case_table.h"
+#include "math.h"
+#include "problem.h"
+
+namespace flexprefill::testing {
+namespace {
+
+float round_to(float value, DType dtype) {
+  std::byte bytes[4];
+  store_float(bytes, dtype, value);
+  return load_float(bytes, dtype);
+}
+
+float ulp(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return std::ldexp(1.0f, -23);
+    case DType::kFloat16:
+      return std::ldexp(1.0f, -10);
+    case DType::kBFloat16:
+      return std::ldexp(1.0f, -7);
+  }
+  return 0;
+}
+
+// Keys that a row sees, ascending; index nullptr: all up to its own.
+std::vector<int64_t> seen_keys(const CaseData& data, const BlockIndex* index, int64_t s, int32_t h,
+                               int64_t position) {
+  const int64_t block = data.c.block_size;
+  std::vector<int64_t> keys;
+  if (index == nullptr) {
+    for (int64_t j = 0; j <= position; ++j) keys.push_back(j);
+    return keys;
+  }
+  int64_t row = 0;
+  for (int64_t t = 0; t < s; ++t) row += data.c.h_q * block_grid(data.lengths[t], block).n_q;
+  const BlockGrid grid = block_grid(data.lengths[s], block);
+  row += h * grid.n_q + position / block - grid.first_q_block;
+  const bool window = index->global_window > 0 || index->local_window > 0;
+  for (int64_t e = index->indptr[row]; e < index->indptr[row + 1]; ++e) {
+    const int64_t first = index->indices[e] * block;
+    for (int64_t j = first; j < first + block && j <= position; ++j) {
+      if (!window || j < index->global_window || position - j < index->local_window) {
+        keys.push_back(j);
+      }
+    }
+  }
+  return keys;
+}
+
+// One row as a framework without a fused kernel would: fp32 logits, probabilities rounded to the
+// element type, fp32 sums, the result rounded.
+std::vector<float> naive_row(const CaseData& data, const BlockIndex* index, int64_t s, int32_t h,
+                             int64_t i) {
+  const Case& c = data.c;
+  const int32_t kv = c.gqa_interleave ? h % c.h_kv : h / (c.h_q / c.h_kv);
+  const int64_t position = data.lengths[s].s_kv - data.lengths[s].s_q + i;
+  const float scale = 1.0f / std::sqrt(static_cast<float>(c.d_qk));
+  const std::vector<int64_t> keys = seen_keys(data, index, s, h, position);
+  std::vector<float> logits;
+  float max = -std::numeric_limits<float>::infinity();
+  for (const int64_t j : keys) {
+    float dot = 0;
+    for (int32_t col = 0; col < c.d_qk; ++col) dot += data.q(s, i, h, col) * data.k(s, j, kv, col);
+    logits.push_back(dot * scale);
+    max = std::max(max, logits.back());
+  }
+  float sum = 0;
+  for (float& logit : logits) sum += logit = std::exp(logit - max);
+  std::vector<float> out(c.d_v, 0.0f);
+  for (size_t e = 0; e < keys.size(); ++e) {
+    const float p = round_to(logits[e] / sum, c.dtype);
+    for (int32_t col = 0; col < c.d_v; ++col) out[col] += p * data.v(s, keys[e], kv, col);
+  }
+  for (float& element : out) element = round_to(element, c.dtype);
+  return out;
+}
+
+std::vector<Execution> executions() {
+  std::vector<Execution> all{{.backend = Backend::kReference}};
+  for (const CpuTarget target : supported_cpu_targets()) {
+    all.push_back({.backend = Backend::kCpu, .cpu_target = target});
+  }
+  all.push_back({.backend = Backend::kCpu, .num_threads = 1});
+  return all;
+}
+
+std::string execution_name(const Execution& e) {
+  if (e.backend == Backend::kReference) return "reference";
+  return std::string(cpu_target_name(e.cpu_target)) + (e.num_threads == 1 ? "_one_thread" : "");
+}
+
+void run(CaseData& data, const BlockIndex* index, const Execution& execution) {
+  WorkspaceBuffer buffer;
+  const Workspace workspace = buffer.reserve(attend_workspace_size(data.input, execution));
+  std::fill_n(static_cast<unsigned char*>(workspace.data), workspace.bytes, 0xff);  // poison
+  data.poison();
+  attend(data.input, index, execution, workspace, data.out, data.lse);
+}
+
+// What a case must give: the exact result and how far the naive one is from it.
+struct Expected {
+  CaseData exact;
+  double tolerance = 0;
+};
+
+Expected expect(const CaseData& data, const BlockIndex* index) {
+  Expected expected{data.as_float32()};
+  CaseData& exact = expected.exact;
+  run(exact, index, {.backend = Backend::kReference});
+  double naive_error = 0, largest = 0;
+  for (int64_t s = 0; s < static_cast<int64_t>(data.lengths.size()); ++s) {
+    for (int64_t i = 0; i < data.lengths[s].s_q; ++i) {
+      for (int32_t h = 0; h < data.c.h_q; ++h) {
+        const std::vector<float> naive = naive_row(data, index, s, h, i);
+        for (int32_t col = 0; col < data.c.d_v; ++col) {
+          const double want = exact.out_at(s, i, h, col);
+          naive_error = std::max(naive_error, std::abs(naive[col] - want));
+          largest = std::max(largest, std::abs(want));
+        }
+      }
+    }
+  }
+  // The reference itself must agree with the naive rows; logits of several hundred cost the naive
+  // ones eight bits.
+  EXPECT_LE(naive_error, 256 * ulp(data.c.dtype) * largest);
+  expected.tolerance = 2 * naive_error + 4 * ulp(data.c.dtype) * largest;
+  return expected;
+}
+
+void check(CaseData& data, const BlockIndex* index, const Execution& execution,
+           const Expected& expected) {
+  run(data, index, execution);
+  for (int64_t s = 0; s < static_cast<int64_t>(data.lengths.size()); ++s) {
+    for (int64_t i = 0; i < data.lengths[s].s_q; ++i) {
+      for (int32_t h = 0; h < data.c.h_q; ++h) {
+        const float lse = data.lse_at(s, h, i), exact_lse = expected.exact.lse_at(s, h, i);
+        if (std::isinf(exact_lse)) {
+          ASSERT_EQ(lse, exact_lse);
+        } else {
+          ASSERT_NEAR(lse, exact_lse, 2e-5 + 3e-6 * std::abs(exact_lse))
+              << "lse of sequence " << s << " head " << h << " row " << i;
+        }
+        for (int32_t col = 0; col < data.c.d_v; ++col) {
+          ASSERT_NEAR(data.out_at(s, i, h, col), expected.exact.out_at(s, i, h, col),
+                      expected.tolerance)
+              << "sequence " << s << " row " << i << " head " << h << " column " << col;
+        }
+      }
+    }
+  }
+}
+
+// One case on every backend and target.
+void check_everywhere(const Case& c, const BlockIndex* index) {
+  CaseData data(c);
+  const Expected expected = expect(data, index);
+  for (const Execution& execution : executions()) {
+    SCOPED_TRACE(execution_name(execution));
+    check(data, index, execution, expected);
+  }
+}
+
+class AttendCase : public ::testing::TestWithParam<Case> {};
+
+TEST_P(AttendCase, DenseMatchesReference) { check_everywhere(GetParam(), nullptr); }
+
+TEST_P(AttendCase, RandomIndexMatchesReference) {
+  const BlockIndex index = random_index(CaseData(GetParam()), 0.3, GetParam().seed);
+  check_everywhere(GetParam(), &index);
+}
+
+INSTANTIATE_TEST_SUITE_P(CaseTable, AttendCase, ::testing::ValuesIn(all_cases()),
+                         [](const auto& param_info) { return param_info.param.name; });
+
+class AttendOn : public ::testing::TestWithParam<Execution> {};
+
+Case small_case(DType dtype = DType::kFloat32) {
+  return {.name = "small", .lengths = {{300, 333}}, .dtype = dtype, .block_size = 64, .seed = 7};
+}
+
+TEST_P(AttendOn, RowsWithoutBlocksGiveZeroAndMinusInfinity) {
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    CaseData data(small_case(dtype));
+    const BlockIndex index = random_index(data, 0.4, 3, true);
+    check(data, &index, GetParam(), expect(data, &index));
+  }
+}
+
+TEST_P(AttendOn, TokenWindowIsExact) {
+  for (const auto& [global, local] : {std::pair{10, 70}, {0, 1}, {64, 128}, {1, 299}}) {
+    CaseData data(small_case(DType::kBFloat16));
+    BlockIndex index = dense_block_index(data.lengths, data.c.h_q, data.c.block_size);
+    index.global_window = global;
+    index.local_window = local;
+    check(data, &index, GetParam(), expect(data, &index));
+  }
+}
+
+TEST_P(AttendOn, SoftmaxScaleIsUsed) {
+  CaseData data(small_case());
+  data.input.softmax_scale = 0.37f;
+  run(data, nullptr, GetParam());
+  CaseData exact(small_case());
+  exact.input.softmax_scale = 0.37f;
+  run(exact, nullptr, {.backend = Backend::kReference});
+  for (int32_t col = 0; col < data.c.d_v; ++col) {
+    EXPECT_NEAR(data.out_at(0, 299, 1, col), exact.out_at(0, 299, 1, col), 1e-5);
+  }
+}
+
+// Where exact attention has a NaN or an infinity, and nowhere else.
+TEST_P(AttendOn, NonFiniteValuesStayWhereTheyBelong) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const float inf = std::numeric_limits<float>::infinity();
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    for (const float bad : {nan, inf, -inf}) {
+      for (const char tensor : {'q', 'k', 'v'}) {
+        CaseData data(small_case(dtype));
+        if (tensor == 'q') data.set_q(0, 100, 0, 5, bad);
+        if (tensor == 'k') data.set_k(0, 150, 0, 5, bad);
+        if (tensor == 'v') data.set_v(0, 150, 0, 5, bad);
+        run(data, nullptr, GetParam());
+        CaseData exact(data.as_float32());
+        run(exact, nullptr, {.backend = Backend::kReference});
+        for (int64_t i = 0; i < 300; ++i) {
+          for (int32_t h = 0; h < 2; ++h) {
+            for (int32_t col = 0; col < 64; ++col) {
+              const float got = data.out_at(0, i, h, col), want = exact.out_at(0, i, h, col);
+              ASSERT_EQ(std::isfinite(got), std::isfinite(want))
+                  << tensor << " " << bad << " row " << i << " head " << h << " col " << col
+                  << " got " << got << " want " << want;
+              if (std::isinf(want)) {
+                ASSERT_EQ(got, want);
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_P(AttendOn, SameResultForAnyNumberOfThreads) {
+  if (GetParam().backend == Backend::kReference) GTEST_SKIP() << "one thread";
+  CaseData one(small_case(DType::kBFloat16)), many(small_case(DType::kBFloat16));
+  Execution execution = GetParam();
+  execution.num_threads = 1;
+  run(one, nullptr, execution);
+  execution.num_threads = 3;
+  run(many, nullptr, execution);
+  for (int64_t i = 0; i < 300; ++i) {
+    for (int32_t col = 0; col < 64; ++col) {
+      ASSERT_EQ(one.out_at(0, i, 1, col), many.out_at(0, i, 1, col));
+    }
+  }
+}
+
+TEST_P(AttendOn, EmptyBatchDoesNothing) {
+  AttentionInput input;
+  const std::array<int64_t, 4> shape{0, 5, 2, 64}, kv_shape{0, 9, 1, 64};
+  input.q = contiguous_view(nullptr, DType::kFloat32, shape);
+  input.k = input.v = contiguous_view(nullptr, DType::kFloat32, kv_shape);
+  WorkspaceBuffer buffer;
+  attend(input, nullptr, GetParam(), buffer.reserve(attend_workspace_size(input, GetParam())),
+         input.q);
+}
+
+INSTANTIATE_TEST_SUITE_P(Targets, AttendOn, ::testing::ValuesIn(executions()),
+                         [](const auto& param_info) { return execution_name(param_info.param); });
+
+}  // namespace
+}  // namespace flexprefill::testing
