@@ -1,0 +1,60 @@
+"""The command line: ``flexprefill demo | bench | inspect | info``.
+
+Exit code 0: done; 1: failed, with one line that says what and how to mend it; 2: bad usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import flex_prefill
+from flex_prefill.cli import bench, demo, info, inspect
+from flex_prefill.cli.common import CommandError
+
+__all__ = ["main"]
+
+_COMMANDS = {"demo": demo, "bench": bench, "inspect": inspect, "info": info}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each command's module adds its own arguments."""
+    parser = argparse.ArgumentParser(
+        prog="flexprefill",
+        description="Sparse attention for long prompts (FlexPrefill, arXiv 2502.20766).",
+        epilog="flexprefill COMMAND --help shows what a command takes, with an example.",
+    )
+    parser.add_argument("--version", action="version", version=flex_prefill.__version__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, module in _COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=module.SUMMARY,
+            description=module.__doc__,
+            epilog=module.EXAMPLE,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run, parser=command)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    args = make_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except CommandError as error:
+        if error.usage:
+            args.parser.error(str(error))
+        print(f"flexprefill {args.command}: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+        # What the library, torch or the file system refuses; their messages name it.
+        print(f"flexprefill {args.command}: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("flexprefill: interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,66 @@
+"""Shows what this build has and what this machine runs: version, CPU targets, threads, packages."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from pathlib import Path
+
+import flex_prefill
+from flex_prefill.cli.common import (
+    CommandError,
+    cpu_description,
+    find_model,
+    package_versions,
+    write_json,
+)
+
+SUMMARY = "what this build has and this machine runs"
+EXAMPLE = "example:\n  flexprefill info --json -"
+
+# Optional packages and the extra that installs each.
+_OPTIONAL = {
+    "torch": "torch",
+    "transformers": "transformers",
+    "rich": "transformers",
+    "matplotlib": "plot",
+    "jax": "jax",
+    "ml_dtypes": "ml_dtypes",
+}
+_EXTRAS = ("torch", "transformers", "plot")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path, metavar="FILE", help="as JSON; - is standard output")
+
+
+def run(args: argparse.Namespace) -> None:
+    info = flex_prefill.info()
+    packages = package_versions(tuple(_OPTIONAL))
+    try:
+        model: str | None = str(find_model(None))
+    except CommandError:
+        model = None
+    report = {
+        "version": info["version"],
+        "python": platform.python_version(),
+        **cpu_description(),
+        "threads": info["threads"],
+        "cpu_targets": info["cpu_targets"],
+        "backends": ["cpu", "reference"],
+        "builtin_model": model,
+        "packages": packages,
+    }
+    write_json(args.json, report)
+    if args.json is not None:
+        return
+    print(f"flex_prefill  {report['version']} (Python {report['python']})")
+    print(f"processor     {report['cpu']}: {' '.join(report['cpu_features'])}")
+    print(f"threads       {report['threads']}")
+    print(f"CPU targets   {', '.join(report['cpu_targets'])} (best first)")
+    print(f"backends      {', '.join(report['backends'])}")
+    print(f"model         {model or 'none built in: it comes with a checkout of the repository'}")
+    for name, version in packages.items():
+        extra = _OPTIONAL[name]
+        wanted = f"flex_prefill[{extra}]" if extra in _EXTRAS else extra
+        print(f"{name:<13} {version or f'not installed: pip install {wanted!r}'}")
