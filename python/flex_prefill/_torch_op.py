@@ -5,7 +5,7 @@ Imported when the first torch tensor comes, never before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -180,5 +180,6 @@ def attend(
     if out is not None:
         _check_out(q, k, v, out)
         return attention.run_attend(q, k, v, index, return_lse=return_lse, out=out, **options)
-    result = _Attend.apply(q, k, v, index, {"return_lse": return_lse, **options})
+    apply: Callable[..., Any] = _Attend.apply
+    result = apply(q, k, v, index, {"return_lse": return_lse, **options})
     return result if return_lse else (result, None)

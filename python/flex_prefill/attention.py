@@ -35,7 +35,7 @@ on tensors that require a gradient, and ``backward()`` through the result raises
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
@@ -47,7 +47,15 @@ from flex_prefill.audit import Audit
 from flex_prefill.block_index import BlockIndex
 from flex_prefill.patterns import FlexPrefill, Pattern
 
-__all__ = ["attend", "flex_prefill_attention", "prefill", "prefill_workspace_size", "select"]
+__all__ = [
+    "Audit",
+    "BlockIndex",
+    "attend",
+    "flex_prefill_attention",
+    "prefill",
+    "prefill_workspace_size",
+    "select",
+]
 
 Lengths: TypeAlias = Any  # a tensor or list of integers, or None
 
@@ -257,8 +265,9 @@ def prefill_workspace_size(
     num_threads: int = 0,
 ) -> int:
     """Bytes that ``prefill`` of a batch takes for the call, beyond its inputs and outputs."""
-    call, _, _ = _make_call(
-        q,
+    _check_rank(q)
+    call = _make_call(
+        borrow(q, "q"),
         k,
         v,
         cu_seqlens_q=None,
@@ -411,8 +420,8 @@ def flex_prefill_attention(
     """The published function, with its names, meanings and defaults (arXiv 2502.20766).
 
     q ``[b, s_q, h_q, d_qk]``, k ``[b, s_kv, h_kv, d_qk]``, v ``[b, s_kv, h_kv, d_v]``; returns out
-    ``[b, s_q, h_q, d_v]``, of q's element type. gamma, tau, min_budget and max_budget (tokens; None:
-    one block, no limit) as in ``FlexPrefill``. Beyond what was published: any batch, any
+    ``[b, s_q, h_q, d_v]``, of q's element type. gamma, tau, min_budget and max_budget as in
+    ``FlexPrefill``, in tokens; None: one block, no limit. Beyond what was published: any batch, any
     ``s_q <= s_kv``, float32 and float16, and ``prefill``'s inputs and errors.
 
     With ``return_computational_ratio``: (out, ratio), ratio = kept blocks / (n_q * n_kv), a mean

@@ -198,9 +198,7 @@ class BlockIndex:
     def to_mask(self, sequence: int, head: int) -> npt.NDArray[np.bool_]:
         """bool ``[n_q, n_kv]`` of one head of one sequence: True where a block is kept."""
         if not 0 <= sequence < len(self.sequences):
-            raise IndexError(
-                f"sequence: expected 0 to {len(self.sequences) - 1}, got {sequence}"
-            )
+            raise IndexError(f"sequence: expected 0 to {len(self.sequences) - 1}, got {sequence}")
         if not 0 <= head < self.h_q:
             raise IndexError(f"head: expected 0 to {self.h_q - 1}, got {head}")
         _, n_q, n_kv = self._grid(sequence)

@@ -1,0 +1,101 @@
+"""Types of the compiled extension (python/bindings.cc)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+class UnsupportedError(RuntimeError):
+    """The call is valid, but this backend, build or machine cannot do it."""
+
+class BlockIndex:
+    @staticmethod
+    def make(
+        indptr: NDArray[np.int64],
+        indices: NDArray[np.int32],
+        sequences: Sequence[tuple[int, int]],
+        h_q: int,
+        block_size: int,
+        global_window: int,
+        local_window: int,
+    ) -> BlockIndex: ...
+    @staticmethod
+    def dense(sequences: Sequence[tuple[int, int]], h_q: int, block_size: int) -> BlockIndex: ...
+    @staticmethod
+    def deserialize(data: bytes) -> BlockIndex: ...
+    def serialize(self) -> bytes: ...
+    def check(self) -> None: ...
+    def density(self) -> float: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def h_q(self) -> int: ...
+    @property
+    def global_window(self) -> int: ...
+    @property
+    def local_window(self) -> int: ...
+    @property
+    def sequences(self) -> list[tuple[int, int]]: ...
+    @property
+    def indptr(self) -> NDArray[np.int64]: ...
+    @property
+    def indices(self) -> NDArray[np.int32]: ...
+
+def block_grid(s_q: int, s_kv: int, block_size: int) -> tuple[int, int, int]:
+    """(first_q_block, n_q, n_kv) of one sequence."""
+
+class Pattern:
+    @staticmethod
+    def dense() -> Pattern: ...
+    @staticmethod
+    def flex_prefill(
+        gamma: float, tau: float, min_budget: int, max_budget: int | None
+    ) -> Pattern: ...
+    @staticmethod
+    def vertical_slash(vertical_size: int, slash_size: int) -> Pattern: ...
+    @staticmethod
+    def streaming_llm(global_window: int, local_window: int) -> Pattern: ...
+
+class Tensor:
+    """A tensor of the caller's, held while this lives; its memory is used where it is."""
+
+    def __init__(
+        self, tensor: Any, name: str, writable: bool = False, bfloat16_bits: bool = False
+    ) -> None: ...
+
+def empty_like_type(shape: Sequence[int], like: Tensor, float32: bool = False) -> Any:
+    """New uninitialised memory of like's element type, or float32; speaks DLPack."""
+
+class Call:
+    """Everything of a call but the pattern and the outputs."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        cu_seqlens_q: NDArray[np.int32] | None,
+        cu_seqlens_kv: NDArray[np.int32] | None,
+        page_table: NDArray[np.int32] | None,
+        seqlens_kv: NDArray[np.int32] | None,
+        softmax_scale: float | None,
+        gqa_interleave: bool,
+        block_size: int,
+        backend: str,
+        cpu_target: str,
+        num_threads: int,
+    ) -> None: ...
+
+def prefill(
+    call: Call,
+    pattern: Pattern,
+    out: Tensor,
+    lse: Tensor | None,
+    audit: NDArray[np.float32] | None,
+) -> None: ...
+def prefill_workspace_size(call: Call, pattern: Pattern) -> int: ...
+def select(call: Call, pattern: Pattern, audit: NDArray[np.float32] | None) -> BlockIndex: ...
+def attend(call: Call, index: BlockIndex | None, out: Tensor, lse: Tensor | None) -> None: ...
+def version() -> str: ...
+def supported_cpu_targets() -> list[str]: ...
