@@ -13,7 +13,13 @@ namespace flexprefill {
 namespace {
 
 const TileOps* built_table(CpuTarget target, DType dtype) {
-  return highway_tile_ops(target, dtype);
+  const TileOps* table = nullptr;
+  if (target == CpuTarget::kAmxBf16) table = amx_tile_ops(dtype);
+  if (target == CpuTarget::kAvx512Bf16) table = avx512bf16_tile_ops(dtype);
+  if (table != nullptr) return table;
+  // Other types have no such instructions.
+  const bool pairs = target == CpuTarget::kAmxBf16 || target == CpuTarget::kAvx512Bf16;
+  return highway_tile_ops(pairs ? CpuTarget::kAvx512 : target, dtype);
 }
 
 struct Supported {
