@@ -1,0 +1,53 @@
+// The vector code of select_cpu that is not a product of tiles: one table per instruction set.
+#ifndef FLEXPREFILL_SRC_SELECT_SELECT_OPS_H_
+#define FLEXPREFILL_SRC_SELECT_SELECT_OPS_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "flexprefill/types.h"
+
+namespace flexprefill {
+
+// A tile of scores: n keys by one panel of probe rows, s[key * panel + lane], as TileOps::scores
+// leaves them. Lane l stands one token after lane l - 1.
+struct ScoreTile {
+  const float* s = nullptr;
+  int panel = 0;
+  int n = 0;
+  float scale = 0;                 // softmax scale in units of log2
+  const float* visible = nullptr;  // [panel]: lane l sees keys 0 .. visible[l] - 1; nullptr: all
+};
+
+struct SelectOps {
+  static constexpr int kMaxLanes = 16;
+
+  // Folds the tile into the running max [panel] and sum [panel] of each lane's exp2(scale * s -
+  // max). They begin as TileOps::kNoMax and 0. A NaN, or a score of +inf, makes the sum NaN.
+  void (*row_stats)(const ScoreTile& tile, float* max, float* sum);
+
+  // With A = exp2(scale * s - max) * inverse for each lane, adds A(key, lane) to
+  //   slash[lane - key]
+  //   below[key], lanes < split, or above[key], the others: kMaxLanes partial sums for each key
+  void (*masses)(const ScoreTile& tile, const float* max, const float* inverse, int split,
+                 float* slash, float* below, float* above);
+
+  // sums[key] = the kMaxLanes partial sums of each of n keys.
+  void (*sum_lanes)(const float* partial, int n, float* sums);
+
+  // sums[d] += n rows that lie `stride` bytes apart.
+  void (*add_rows)(const std::byte* rows, int64_t stride, int64_t n, int d, DType dtype,
+                   float* sums);
+
+  // row[j] = exp2(scale * a . b_j) / (their sum), j < n; rows of b [n, d]. The last entry counts
+  // `last_share` times. A NaN anywhere makes every entry NaN.
+  void (*softmax_dots)(const float* a, const float* b, int64_t n, int d, float scale,
+                       float last_share, float* row);
+};
+
+// The table that goes with tile_ops of the same target, which the caller has resolved.
+const SelectOps& select_ops(CpuTarget target);
+
+}  // namespace flexprefill
+
+#endif  // FLEXPREFILL_SRC_SELECT_SELECT_OPS_H_

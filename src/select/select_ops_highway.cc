@@ -1,0 +1,243 @@
+// SelectOps through Highway, one table per instruction set.
+#include <limits>
+
+#include "cpu/tile_ops.h"
+#include "select/select_ops.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "select/select_ops_highway.cc"
+#include "hwy/foreach_target.h"
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace flexprefill {
+namespace HWY_NAMESPACE {
+namespace {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+// Lanes of a panel: panels are whole vectors.
+using F32 = hn::ScalableTag<float>;
+using Vec = hn::Vec<F32>;
+constexpr int kLanes = HWY_LANES(float);
+static_assert(kLanes <= SelectOps::kMaxLanes);
+
+// Elements of a row, at most 8 at a time: head dims are multiples of 8.
+using Part = hn::CappedTag<float, 8>;
+constexpr int kPart = kLanes < 8 ? kLanes : 8;
+
+// 2^x for x <= 0 (up to rounding), relative error 9e-8; 0 below -126.5. A NaN stays a NaN.
+template <class D, class V>
+HWY_INLINE V exp2(D d, V x) {
+  const hn::RebindToUnsigned<D> d32;
+  // Max keeps a NaN in its second operand (x86) or in any (NEON).
+  const V clamped = hn::Max(hn::Set(d, -127.0f), x);
+  // Adding 1.5 * 2^23 + 127 leaves round(x) + 127, the exponent of 2^round(x), in the low bits.
+  const V magic = hn::Set(d, 12582912.0f + 127.0f);
+  const V shifted = hn::Add(clamped, magic);
+  const V scale = hn::BitCast(d, hn::ShiftLeft<23>(hn::BitCast(d32, shifted)));
+  const V f = hn::Sub(clamped, hn::Sub(shifted, magic));
+  V poly = hn::Set(d, 0.0013264727f);
+  poly = hn::MulAdd(poly, f, hn::Set(d, 0.0096715126f));
+  poly = hn::MulAdd(poly, f, hn::Set(d, 0.0555073374f));
+  poly = hn::MulAdd(poly, f, hn::Set(d, 0.2402224209f));
+  poly = hn::MulAdd(poly, f, hn::Set(d, 0.6931469776f));
+  poly = hn::MulAdd(poly, f, hn::Set(d, 1.0f));
+  return hn::Mul(poly, scale);
+}
+
+// The logits of one key, lanes v .. v + kLanes - 1; -inf where a lane does not see the key.
+template <bool kMasked>
+HWY_INLINE Vec logits(const ScoreTile& tile, int key, int v) {
+  const F32 d;
+  const Vec x = hn::Mul(hn::Load(d, tile.s + key * tile.panel + v), hn::Set(d, tile.scale));
+  if constexpr (!kMasked) return x;
+  const auto seen = hn::Lt(hn::Set(d, static_cast<float>(key)), hn::LoadU(d, tile.visible + v));
+  return hn::IfThenElse(seen, x, hn::Set(d, -std::numeric_limits<float>::infinity()));
+}
+
+template <bool kMasked>
+void row_stats_as(const ScoreTile& tile, float* max, float* sum) {
+  const F32 d;
+  for (int v = 0; v < tile.panel; v += kLanes) {
+    const Vec old_max = hn::LoadU(d, max + v);
+    Vec top = old_max;
+    for (int key = 0; key < tile.n; ++key) top = hn::Max(top, logits<kMasked>(tile, key, v));
+    Vec total = hn::Mul(hn::LoadU(d, sum + v), exp2(d, hn::Sub(old_max, top)));
+    for (int key = 0; key < tile.n; ++key) {
+      total = hn::Add(total, exp2(d, hn::Sub(logits<kMasked>(tile, key, v), top)));
+    }
+    hn::StoreU(top, d, max + v);
+    hn::StoreU(total, d, sum + v);
+  }
+}
+
+void row_stats(const ScoreTile& tile, float* max, float* sum) {
+  tile.visible == nullptr ? row_stats_as<false>(tile, max, sum)
+                          : row_stats_as<true>(tile, max, sum);
+}
+
+template <bool kMasked, bool kSplit>
+void masses_as(const ScoreTile& tile, const float* max, const float* inverse, int split,
+               float* HWY_RESTRICT slash, float* HWY_RESTRICT below, float* HWY_RESTRICT above) {
+  const F32 d;
+  constexpr int kStride = SelectOps::kMaxLanes;
+  float* const side = split > 0 ? below : above;
+  // Keys kLanes apart come one after the other: their stores to slash then either coincide with a
+  // later load or do not touch it, and no load waits for two stores that cover it in part.
+  for (int first = 0; first < kLanes; ++first) {
+    for (int key = first; key < tile.n; key += kLanes) {
+      Vec low = hn::Zero(d), high = hn::Zero(d);
+      for (int v = 0; v < tile.panel; v += kLanes) {
+        const Vec x = hn::Sub(logits<kMasked>(tile, key, v), hn::LoadU(d, max + v));
+        const Vec mass = hn::Mul(exp2(d, x), hn::LoadU(d, inverse + v));
+        float* const distance = slash + (v - key);
+        hn::StoreU(hn::Add(hn::LoadU(d, distance), mass), d, distance);
+        if constexpr (kSplit) {
+          const auto is_low =
+              hn::Lt(hn::Iota(d, static_cast<float>(v)), hn::Set(d, static_cast<float>(split)));
+          low = hn::Add(low, hn::IfThenElseZero(is_low, mass));
+          high = hn::Add(high, hn::IfThenZeroElse(is_low, mass));
+        } else {
+          low = hn::Add(low, mass);
+        }
+      }
+      float* const sums = (kSplit ? below : side) + key * kStride;
+      hn::StoreU(hn::Add(hn::LoadU(d, sums), low), d, sums);
+      if constexpr (kSplit) {
+        float* const others = above + key * kStride;
+        hn::StoreU(hn::Add(hn::LoadU(d, others), high), d, others);
+      }
+    }
+  }
+}
+
+void masses(const ScoreTile& tile, const float* max, const float* inverse, int split, float* slash,
+            float* below, float* above) {
+  const bool masked = tile.visible != nullptr;
+  const bool splits = split > 0 && split < tile.panel;
+  const auto run = masked ? (splits ? masses_as<true, true> : masses_as<true, false>)
+                          : (splits ? masses_as<false, true> : masses_as<false, false>);
+  run(tile, max, inverse, split, slash, below, above);
+}
+
+void sum_lanes(const float* partial, int n, float* sums) {
+  const F32 d;
+  for (int key = 0; key < n; ++key) {
+    const Vec lanes = hn::LoadU(d, partial + key * SelectOps::kMaxLanes);
+    sums[key] = hn::GetLane(hn::SumOfLanes(d, lanes));
+  }
+}
+
+template <DType kType>
+HWY_INLINE hn::Vec<Part> load_part(const std::byte* p) {
+  const Part d;
+  if constexpr (kType == DType::kFloat32) {
+    return hn::LoadU(d, reinterpret_cast<const float*>(p));
+  } else if constexpr (kType == DType::kFloat16) {
+    const hn::Rebind<hwy::float16_t, Part> d16;
+    return hn::PromoteTo(d, hn::LoadU(d16, reinterpret_cast<const hwy::float16_t*>(p)));
+  } else {
+    const hn::Rebind<uint16_t, Part> d16;
+    const hn::RebindToUnsigned<Part> d32;
+    const auto bits = hn::PromoteTo(d32, hn::LoadU(d16, reinterpret_cast<const uint16_t*>(p)));
+    return hn::BitCast(d, hn::ShiftLeft<16>(bits));
+  }
+}
+
+template <DType kType>
+void add_rows_as(const std::byte* rows, int64_t stride, int64_t n, int d, float* sums) {
+  constexpr int kElementSize = kType == DType::kFloat32 ? 4 : 2;
+  const Part part;
+  for (int64_t i = 0; i < n; ++i) {
+    for (int c = 0; c < d; c += kPart) {
+      const auto x = load_part<kType>(rows + i * stride + c * kElementSize);
+      hn::StoreU(hn::Add(hn::LoadU(part, sums + c), x), part, sums + c);
+    }
+  }
+}
+
+void add_rows(const std::byte* rows, int64_t stride, int64_t n, int d, DType dtype, float* sums) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return add_rows_as<DType::kFloat32>(rows, stride, n, d, sums);
+    case DType::kFloat16:
+      return add_rows_as<DType::kFloat16>(rows, stride, n, d, sums);
+    case DType::kBFloat16:
+      return add_rows_as<DType::kBFloat16>(rows, stride, n, d, sums);
+  }
+}
+
+void softmax_dots(const float* a, const float* b, int64_t n, int d, float scale, float last_share,
+                  float* row) {
+  const Part part;
+  float max = TileOps::kNoMax;
+  for (int64_t j = 0; j < n; ++j) {
+    auto dot = hn::Zero(part);
+    for (int c = 0; c < d; c += kPart) {
+      dot = hn::MulAdd(hn::LoadU(part, a + c), hn::LoadU(part, b + j * d + c), dot);
+    }
+    row[j] = scale * hn::GetLane(hn::SumOfLanes(part, dot));
+    if (row[j] > max) max = row[j];
+  }
+  int64_t j = 0;
+  for (; j + kPart <= n; j += kPart) {
+    const auto x = hn::Sub(hn::LoadU(part, row + j), hn::Set(part, max));
+    hn::StoreU(exp2(part, x), part, row + j);
+  }
+  const hn::CappedTag<float, 1> one;
+  for (; j < n; ++j) {
+    hn::StoreU(exp2(one, hn::Sub(hn::LoadU(one, row + j), hn::Set(one, max))), one, row + j);
+  }
+  row[n - 1] *= last_share;
+  double sum = 0;
+  for (int64_t e = 0; e < n; ++e) sum += static_cast<double>(row[e]);
+  const double inverse = 1 / sum;
+  for (int64_t e = 0; e < n; ++e) row[e] = static_cast<float>(row[e] * inverse);
+}
+
+}  // namespace
+
+SelectOps select_ops_table() {
+  return {.row_stats = row_stats,
+          .masses = masses,
+          .sum_lanes = sum_lanes,
+          .add_rows = add_rows,
+          .softmax_dots = softmax_dots};
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace flexprefill
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace flexprefill {
+namespace {
+
+template <auto kTable>
+const SelectOps& kept() {
+  static const SelectOps table = kTable();
+  return table;
+}
+
+}  // namespace
+
+const SelectOps& select_ops(CpuTarget target) {
+  switch (target) {
+#if HWY_TARGETS & HWY_AVX2
+    case CpuTarget::kAvx2:
+      return kept<N_AVX2::select_ops_table>();
+#endif
+#if HWY_TARGETS & HWY_AVX3
+    case CpuTarget::kAvx512:
+    case CpuTarget::kAvx512Bf16:
+    case CpuTarget::kAmxBf16:
+      return kept<N_AVX3::select_ops_table>();
+#endif
+    default:
+      return kept<HWY_STATIC_DISPATCH(select_ops_table)>();
+  }
+}
+
+}  // namespace flexprefill
+#endif  // HWY_ONCE
