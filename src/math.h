@@ -22,12 +22,30 @@ inline uint16_t float_to_bf16(float value) {
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// By bits: not every compiler has a half type.
 inline float fp16_to_float(uint16_t bits) {
-  return static_cast<float>(std::bit_cast<_Float16>(bits));
+  const uint32_t magnitude = bits & 0x7fff;
+  // A product moves the exponent, also of subnormal numbers.
+  uint32_t result = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude << 13) * 0x1p112f);
+  if (magnitude >= 0x7c00) result |= 0x7f800000;
+  return std::bit_cast<float>(result | (bits & 0x8000u) << 16);
 }
 
+// Round to nearest even; a NaN stays a NaN.
 inline uint16_t float_to_fp16(float value) {
-  return std::bit_cast<uint16_t>(static_cast<_Float16>(value));
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  uint32_t result = 0;
+  if (magnitude > 0x7f800000) {
+    result = 0x7e00;
+  } else if (magnitude >= 0x477ff000) {  // 65520 and above round to inf
+    result = 0x7c00;
+  } else if (magnitude < 0x38800000) {  // subnormal: in [.5, 1) the last place is 2^-24
+    result = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;
+  } else {
+    result = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  }
+  return static_cast<uint16_t>(sign | result);
 }
 
 inline float load_float(const std::byte* element, DType dtype) {

@@ -12,6 +12,8 @@
 #include "cpu/tile_ops_tables.h"
 #include "math.h"
 
+// Not worth a table of their own: SVE has no vectors of a known size, AVX3_DL nothing that helps.
+#define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_AVX3_DL)
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/tile_ops_highway.cc"
 #include "hwy/foreach_target.h"
