@@ -36,6 +36,7 @@ __all__ = [
     "VerticalSlash",
     "__version__",
     "attend",
+    "collect_audits",
     "disable_hf_flash_attention_check",
     "flex_prefill_attention",
     "get_config_example",
@@ -44,18 +45,28 @@ __all__ = [
     "prefill",
     "prefill_workspace_size",
     "select",
+    "unpatch_model",
 ]
 
 __version__ = _core.version()
 
-_FROM_PATCH = ("disable_hf_flash_attention_check", "get_config_example", "patch_model")
+_FROM_PATCH = (
+    "disable_hf_flash_attention_check",
+    "get_config_example",
+    "patch_model",
+    "unpatch_model",
+)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _FROM_PATCH:  # these import transformers
+    if name in _FROM_PATCH:
         from flex_prefill import patch
 
         return getattr(patch, name)
+    if name == "collect_audits":
+        from flex_prefill import hf  # imports transformers
+
+        return hf.collect_audits
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -83,7 +83,7 @@ class CausalMask(torch.Tensor):
     gets what it expects.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     own_mask: Callable[..., torch.Tensor | None]
     query_offset: int
@@ -112,7 +112,9 @@ class CausalMask(torch.Tensor):
         return f"CausalMask({tuple(self.shape)}, query_offset={self.query_offset})"
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         def built(value: Any) -> Any:
             if isinstance(value, CausalMask):
                 return value.own_mask(allow_is_causal_skip=False)
@@ -127,7 +129,7 @@ def causal_mask_or_own(
     kv_length: int,
     q_offset: int | torch.Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Callable = causal_mask_function,
+    mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
     allow_is_causal_skip: bool = True,
     dtype: torch.dtype = torch.float32,
@@ -182,7 +184,7 @@ def causal_mask_or_own(
 
 
 def attention_forward(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -203,7 +205,7 @@ def attention_forward(
 
 
 def _is_plain(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -237,7 +239,7 @@ def _is_plain(
 
 
 def _prefill(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -274,8 +276,10 @@ def _prefill(
             cu_seqlens_q=_starts(real_q.sum(dim=1)[has_rows]),
             cu_seqlens_kv=_starts(real_kv.sum(dim=1)[has_rows]),
         )
-    out, audit = result if audits is not None else (result, None)
-    if audits is not None:
+    if audits is None:
+        out = result
+    else:
+        out, audit = result
         audits.append((getattr(module, "layer_idx", None), audit))
     if mask.padding is None:
         return out
@@ -311,34 +315,37 @@ def _settings(config: PreTrainedConfig | None) -> tuple[Any, int]:
 
 def own_attention(config: PreTrainedConfig | None) -> str:
     """Name of the attention implementation that a model has where this one does not compute."""
-    default = "sdpa" if _supports_sdpa(type(config)) else "eager"
-    return _stored(config).get("own_attention", default)
+    recorded = _stored(config).get("own_attention")
+    return recorded or ("sdpa" if _supports_sdpa(type(config)) else "eager")
 
 
-@lru_cache
+@torch.compiler.assume_constant_result
 def _supports_sdpa(config_class: type) -> bool:
     """Whether transformers computes the model's attention by scaled_dot_product_attention too.
 
     Where it does not (soft capping, sinks), the model's eager attention does more than that."""
-    model_class = MODEL_MAPPING.get(config_class, None)
-    if isinstance(model_class, tuple):
-        model_class = model_class[0]
+    return _look_up_sdpa(config_class)
+
+
+@lru_cache  # 100 us a look-up, once a layer
+def _look_up_sdpa(config_class: type) -> bool:
+    found: Any = MODEL_MAPPING.get(config_class, None)
+    model_class = found[0] if isinstance(found, tuple) else found
     return model_class is None or bool(model_class._supports_sdpa)
 
 
-def _own_attention_function(module: torch.nn.Module) -> Callable:
+def _own_attention_function(module: Any) -> Callable[..., Any]:
     name = own_attention(module.config)
     # Models may have functions of their own: eager ones always are.
     model_code = sys.modules[type(module).__module__]
-    eager = getattr(model_code, "eager_attention_forward", None)
+    eager: Any = getattr(model_code, "eager_attention_forward", None)
     functions = getattr(model_code, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
-    function = functions.get_interface(name, eager)
-    if function is None:
+    if name == "eager" and eager is None:
         raise ValueError(
             f"{type(module).__name__}: expected eager_attention_forward in {model_code.__name__} "
             "for what flex_prefill does not compute; use the model's own attention"
         )
-    return function
+    return functions.get_interface(name, eager)
 
 
 def register_on_model(model: PreTrainedModel, pattern: str, cfg: dict[str, Any]) -> None:
@@ -389,7 +396,9 @@ def tolerate_missing_flash_attention() -> None:
         return
 
     @wraps(check)
-    def tolerant_check(self, attn_implementation, *args, **kwargs):
+    def tolerant_check(
+        self: PreTrainedModel, attn_implementation: str | None, *args: Any, **kwargs: Any
+    ) -> str:
         try:
             return check(self, attn_implementation, *args, **kwargs)
         except (ImportError, ValueError):
@@ -402,7 +411,7 @@ def tolerate_missing_flash_attention() -> None:
             )
             return check(self, None, *args, **kwargs)
 
-    PreTrainedModel._check_and_adjust_attn_implementation = tolerant_check
+    PreTrainedModel._check_and_adjust_attn_implementation = tolerant_check  # type: ignore[method-assign]
 
 
 AttentionInterface.register(NAME, attention_forward)
