@@ -18,7 +18,6 @@ from typing import Any
 
 from flex_prefill.cli.common import (
     DTYPES,
-    CommandError,
     add_pattern_arguments,
     check_context,
     choose_dtype,
@@ -33,7 +32,12 @@ from flex_prefill.cli.common import (
     run_description,
     write_json,
 )
-from flex_prefill.cli.prompts import Prompt, add_prompt_arguments, make_prompt
+from flex_prefill.cli.prompts import (
+    Prompt,
+    add_prompt_arguments,
+    check_prompt_arguments,
+    make_prompt,
+)
 
 SUMMARY = "answer a question hidden in a long document, dense and sparse"
 EXAMPLE = """examples:
@@ -64,8 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.expect is not None and args.prompt_file is None:
-        raise CommandError("argument --expect: needs --prompt-file", usage=True)
+    check_prompt_arguments(args)
     cfg = pattern_config(args)
     folder = find_model(args.model)
     torch = load_torch(args.threads)

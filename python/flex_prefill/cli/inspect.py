@@ -35,7 +35,12 @@ from flex_prefill.cli.common import (
     require,
     write_json,
 )
-from flex_prefill.cli.prompts import Prompt, add_prompt_arguments, make_prompt
+from flex_prefill.cli.prompts import (
+    Prompt,
+    add_prompt_arguments,
+    check_prompt_arguments,
+    make_prompt,
+)
 
 SUMMARY = "draw a head's attention and the blocks that a pattern keeps"
 EXAMPLE = """examples:
@@ -76,6 +81,7 @@ class Layer:
 
 
 def run(args: argparse.Namespace) -> None:
+    check_prompt_arguments(args)
     pattern, block_size = pattern_from(args)
     if args.head is not None and len(args.head) > _MOST_PANELS:
         raise CommandError(f"argument --head: expected at most {_MOST_PANELS}", usage=True)

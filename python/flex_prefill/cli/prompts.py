@@ -51,12 +51,17 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--question", help="asked after that document; without one it is continued")
 
 
+def check_prompt_arguments(args: argparse.Namespace) -> None:
+    """Refuses what needs a document of the user's own where none is given."""
+    for name in ("question", "expect"):
+        if getattr(args, name, None) is not None and args.prompt_file is None:
+            raise CommandError(f"argument --{name}: needs --prompt-file", usage=True)
+
+
 def make_prompt(args: argparse.Namespace, tokenizer: Any) -> Prompt:
     """What the arguments ask for."""
     if args.prompt_file is not None:
         return _own_prompt(args, tokenizer)
-    if args.question is not None:
-        raise CommandError("argument --question: needs --prompt-file", usage=True)
 
     def count(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
