@@ -94,7 +94,7 @@ std::vector<BadInput> bad_inputs() {
        "out: expected memory of its own, got memory that overlaps q"},
       {"out_aliases_v",
        [](CaseData& d) { d.out.data = static_cast<float*>(d.input.v.data) + d.c.d_v * 300; },
-       "overlaps v"},
+       "out: expected memory of its own"},
       {"lse_aliases_out", [](CaseData& d) { d.lse.data = d.out.data; }, "overlaps out"},
       {"cu_without_packed",
        [](CaseData& d) {
