@@ -87,6 +87,8 @@ class Tensor {
       view_.shape[i] = static_cast<int64_t>(array_.shape(i));
       view_.strides[i] = array_.stride(i);
     }
+    // Strides of an empty tensor mean nothing, and frameworks make up different ones.
+    if (array_.size() == 0) view_.strides.fill(1);
   }
   const TensorView& view() const { return view_; }
 
