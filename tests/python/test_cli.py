@@ -228,9 +228,7 @@ def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
     assert caught.value.code == 0
-    assert f"example:\n  flexprefill {command}" in capsys.readouterr().out.replace(
-        "examples", "example"
-    )
+    assert re.search(rf"examples?:\n  flexprefill {command}", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,10 @@ import sys
 from collections.abc import Sequence
 
 import flex_prefill
-from flex_prefill.cli import bench, demo, info, inspect
+import flex_prefill.cli.bench as bench
+import flex_prefill.cli.demo as demo
+import flex_prefill.cli.info as info
+import flex_prefill.cli.inspect as inspect
 from flex_prefill.cli.common import CommandError
 
 __all__ = ["main"]

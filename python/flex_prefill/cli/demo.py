@@ -178,7 +178,7 @@ def _mean(values: list[float]) -> float:
 
 def _read(model: Any, ids: Any) -> tuple[int, Any]:
     """The first token of the answer, and the cache."""
-    options = {"use_cache": True}
+    options: dict[str, Any] = {"use_cache": True}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = 1
     output = model(ids, **options)

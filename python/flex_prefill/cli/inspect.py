@@ -267,67 +267,68 @@ def draw(
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm
 
     norm = LogNorm(_LEAST_MASS, 1, clip=True)
-    colours = {True: plt.get_cmap("Blues"), False: plt.get_cmap("Oranges")}
-    width = 3.1 * max(len(maps), 2) + 1.5
-    figure = plt.figure(figsize=(width, 5.6), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(3.6, 2))
-    above.suptitle(title, fontsize=11)
-    panels = above.subplots(1, len(maps), squeeze=False)[0]
-    block_size, tokens = index.block_size, len(prompt.token_ids)
-    for axes, (head, mass) in zip(panels, maps.items(), strict=True):
-        mask = index.to_mask(0, head)
+    kept_colours, other_colours = plt.get_cmap("Blues"), plt.get_cmap("Oranges")
+    columns = max(len(maps), 2)
+    figure = plt.figure(figsize=(3.2 * columns + 0.9, 5.6), layout="constrained")
+    grid = figure.add_gridspec(
+        2, columns + 1, width_ratios=[*[1] * columns, 0.1], height_ratios=[3.2, 1.2]
+    )
+    figure.suptitle(title, fontsize=11)
+    tokens = len(prompt.token_ids)
+    for column, (head, mass) in enumerate(maps.items()):
+        axes = figure.add_subplot(grid[0, column])
         shade = norm(mass)
-        image = np.where(mask[..., None], colours[True](shade), colours[False](shade))
+        mask = index.to_mask(0, head)
+        image = np.where(mask[..., None], kept_colours(shade), other_colours(shade))
         image[np.triu_indices(len(mass), 1)] = 1
         axes.imshow(image, extent=(0, tokens, tokens, 0), interpolation="nearest")
         density = audit.density[0, head]
         axes.set_title(
-            f"head {head}: {density:.0%} of the blocks, {kept[head]:.1%} of the mass", fontsize=9
+            f"head {head}\n{density:.0%} of the blocks hold {kept[head]:.1%} of the attention",
+            fontsize=9,
         )
         axes.set_xlabel("key", fontsize=9)
-        ticks = np.linspace(0, tokens, 5).round().astype(int)
-        names = [f"{tick / 1024:.3g}k" if tokens >= 2048 else str(tick) for tick in ticks]
+        axes.set_ylabel("query" if column == 0 else "", fontsize=9)
+        ticks, names = _ticks(tokens)
         axes.set_xticks(ticks, names, fontsize=8)
-        axes.set_yticks(ticks, names, fontsize=8)
+        axes.set_yticks(ticks, names if column == 0 else [""] * len(names), fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         if prompt.answer_depth is not None:
-            axes.plot(
-                [prompt.answer_depth],
-                [prompt.answer_depth],
-                marker="x",
-                color="#000000",
-                markersize=6,
-                clip_on=False,
-                zorder=3,
-            )
+            place = (prompt.answer_depth, prompt.answer_depth)
+            axes.plot(*place, marker="x", color="black", markersize=6)
             axes.annotate(
-                "answer stated here",
-                (prompt.answer_depth, prompt.answer_depth),
-                xytext=(7, 3),
+                "answer stated here" if column == 0 else "",
+                place,
+                xytext=(5, 2) if place[0] < 0.6 * tokens else (2, 5),
                 textcoords="offset points",
+                horizontalalignment="left" if place[0] < 0.6 * tokens else "right",
+                verticalalignment="bottom",
                 fontsize=8,
             )
-    panels[0].set_ylabel("query", fontsize=9)
-    for is_kept, name in ((False, "left out"), (True, "kept")):
-        bar = above.colorbar(
-            ScalarMappable(norm, colours[is_kept]), ax=panels, pad=0.01, fraction=0.03, shrink=0.8
-        )
-        bar.set_label(f"{name}: share of a query block's attention", fontsize=8)
-        bar.ax.tick_params(labelsize=8)
 
-    axes = below.subplots()
+    # One scale for both colours: the left half of the bar is for blocks left out.
+    bar = figure.add_subplot(grid[0, columns])
+    scale = np.linspace(0, 1, 256)[:, None]
+    halves = np.concatenate([other_colours(scale), kept_colours(scale)], axis=1)
+    bar.imshow(halves, origin="lower", aspect="auto", extent=(0, 2, 0, 1))
+    bar.set_xticks([0.5, 1.5], ["left out", "kept"], fontsize=8, rotation=90)
+    powers = [0, -1, -2, -3, -4]
+    bar.set_yticks([norm(10.0**p) for p in powers], [f"{10.0**p:.4g}" for p in powers], fontsize=8)
+    bar.yaxis.tick_right()
+    bar.yaxis.set_label_position("right")
+    bar.set_ylabel("share of a query block's attention", fontsize=8)
+
+    axes = figure.add_subplot(grid[1, :])
     heads = np.arange(audit.density.shape[1])
-    drawn = ["#2171b5" if head in maps else "#9ecae1" for head in heads]
     axes.bar(
         heads,
         audit.density[0],
-        width=0.7,
-        color=drawn,
-        label=f"density, blocks of {block_size} (drawn heads darker)",
+        width=0.6,
+        color=["#2171b5" if head in maps else "#9ecae1" for head in heads],
+        label="density (drawn heads darker)",
     )
     axes.plot(
         heads,
@@ -343,7 +344,14 @@ def draw(
     axes.set_xlabel("head", fontsize=9)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _ticks(tokens: int) -> tuple[list[int], list[str]]:
+    """About four round places on an axis of tokens, and their names."""
+    step = 1 << max((tokens // 4).bit_length() - 1, 0)
+    ticks = list(range(0, tokens + 1, step))
+    return ticks, [f"{tick // 1024}k" if step >= 1024 and tick else str(tick) for tick in ticks]
