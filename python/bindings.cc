@@ -354,7 +354,7 @@ NB_MODULE(_core, m) {
   bind_pattern(m);
 
   nb::class_<Tensor>(m, "Tensor")
-      .def(nb::init<nb::handle, const std::string&, bool, bool>(), "tensor"_a, "name"_a,
+      .def(nb::init<nb::handle, const std::string&, bool, bool>(), "tensor"_a.none(), "name"_a,
            "writable"_a = false, "bfloat16_bits"_a = false);
   m.def("empty_like_type", &empty_like_type, "shape"_a, "like"_a, "float32"_a = false);
 

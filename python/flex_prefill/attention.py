@@ -45,7 +45,7 @@ from flex_prefill import _core
 from flex_prefill._tensors import Tensor, borrow, int32_array, is_torch, make_output
 from flex_prefill.audit import Audit
 from flex_prefill.block_index import BlockIndex
-from flex_prefill.patterns import FlexPrefill, Pattern
+from flex_prefill.patterns import FlexPrefill, Pattern, check_pattern
 
 __all__ = [
     "Audit",
@@ -226,6 +226,7 @@ def prefill(
     The other keywords, layouts and errors: see the module.
     """
     _check_rank(q)
+    check_pattern(pattern)
     options: dict[str, Any] = {
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_kv": cu_seqlens_kv,
@@ -266,6 +267,7 @@ def prefill_workspace_size(
 ) -> int:
     """Bytes that ``prefill`` of a batch takes for the call, beyond its inputs and outputs."""
     _check_rank(q)
+    check_pattern(pattern)
     call = _make_call(
         borrow(q, "q"),
         k,
@@ -307,6 +309,7 @@ def select(
     to blocks, keeps every causal block. Keywords, layouts and errors: see the module.
     """
     _check_rank(q)
+    check_pattern(pattern)
     call = _make_call(
         borrow(q, "q"),
         k,

@@ -92,6 +92,14 @@ class StreamingLlm:
 Pattern: TypeAlias = Dense | FlexPrefill | VerticalSlash | StreamingLlm
 
 
+def check_pattern(pattern: object) -> None:
+    """Raises TypeError for what is no pattern."""
+    if not isinstance(pattern, (Dense, FlexPrefill, VerticalSlash, StreamingLlm)):
+        raise TypeError(
+            f"pattern: expected Dense, FlexPrefill, VerticalSlash or StreamingLlm, got {pattern!r}"
+        )
+
+
 def _flex_prefill_from_values(
     gamma: float, tau: float, min_budget: float, max_budget: float
 ) -> FlexPrefill:
