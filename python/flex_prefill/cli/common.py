@@ -23,7 +23,6 @@ from flex_prefill.patterns import Pattern
 
 PATTERNS = ("flex_prefill", "vertical_slash", "streaming_llm", "flash")
 DTYPES = ("float32", "float16", "bfloat16")
-_REPOSITORY = Path(__file__).resolve().parents[3]
 _BUILTIN_MODEL = Path("models", "needle-7m")
 
 
@@ -153,6 +152,14 @@ def _dtype_name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def checkout() -> Path | None:
+    """The source tree: the working directory (as "."), or where this file lies in one."""
+    for root in (Path(), Path(__file__).resolve().parents[3]):
+        if (root / "include" / "flexprefill" / "flexprefill.h").is_file():
+            return root
+    return None
+
+
 def find_model(path: Path | None) -> Path:
     """The folder of the user's model, or of the built-in one."""
     if path is not None:
@@ -161,9 +168,9 @@ def find_model(path: Path | None) -> Path:
                 f"--model: expected a Hugging Face model folder, found no config.json in {path}"
             )
         return path
-    for root in (Path.cwd(), _REPOSITORY):
-        if (root / _BUILTIN_MODEL / "config.json").is_file():
-            return root / _BUILTIN_MODEL
+    root = checkout()
+    if root is not None and (root / _BUILTIN_MODEL / "config.json").is_file():
+        return root / _BUILTIN_MODEL
     raise CommandError(
         f"the built-in model ({_BUILTIN_MODEL}) is part of the repository: run this from a "
         "checkout, or name a model by --model FOLDER"
@@ -244,10 +251,13 @@ def cpu_description() -> dict[str, Any]:
 
 def commit() -> str | None:
     """The source tree's commit, "+" behind it where files differ; None outside a checkout."""
+    root = checkout()
+    if root is None:
+        return None
 
     def git(*command: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(_REPOSITORY), *command], check=True, capture_output=True, text=True
+            ["git", "-C", str(root), *command], check=True, capture_output=True, text=True
         ).stdout.strip()
 
     try:
