@@ -46,10 +46,25 @@ def _check_device(tensor: Tensor, name: str) -> None:
         )
 
 
+def _check_torch(tensor: torch.Tensor, name: str) -> None:
+    """Refuses what torch would export with an error of its own, or wrongly."""
+    import torch
+
+    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"{name}: expected element type float32, float16 or bfloat16, got {tensor.dtype}"
+        )
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name}: expected a strided tensor, got layout {tensor.layout}")
+    if tensor.is_neg():
+        raise ValueError(f"{name}: expected plain values, got a negated view (resolve_neg() it)")
+
+
 def borrow(tensor: Tensor, name: str, *, writable: bool = False) -> _core.Tensor:
     """The tensor's memory where it is, any strides; ``name`` is for the errors."""
     _check_device(tensor, name)
     if is_torch(tensor):
+        _check_torch(tensor, name)
         return _core.Tensor(tensor.detach(), name, writable)
     if isinstance(tensor, np.ndarray) and tensor.dtype.name == "bfloat16":  # of ml_dtypes
         return _core.Tensor(tensor.view(np.uint16), name, writable, bfloat16_bits=True)

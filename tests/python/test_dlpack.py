@@ -168,6 +168,19 @@ def test_a_torch_tensor_elsewhere_is_refused():
         fp.attend(q[0], k[0], v[0], cu_seqlens_q=torch.empty(2, device="meta", dtype=torch.int32))
 
 
+def test_torch_tensors_that_are_not_plain():
+    q, k, v = map(torch.from_numpy, inputs())
+    negated = torch.complex(k, k).conj().imag
+    assert negated.is_neg()
+    for wrong, message in (
+        (k.to(torch.float8_e4m3fn), "k: expected element type .*, got torch.float8_e4m3fn"),
+        (k.to_sparse(), "k: expected a strided tensor, got layout torch.sparse_coo"),
+        (negated, "k: expected plain values, got a negated view"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fp.attend(q, wrong, v)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
