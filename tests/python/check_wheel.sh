@@ -7,7 +7,7 @@ python=${1:-python3}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-"$python" -m build --wheel --outdir "$work" "$root"
+"$python" -m build --wheel --config-setting "build-dir=$work/build" --outdir "$work" "$root"
 "$python" -m venv "$work/venv"
 "$work/venv/bin/pip" --disable-pip-version-check install --quiet "$work"/*.whl
 
