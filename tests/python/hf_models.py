@@ -54,10 +54,22 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "first_k_dense_replace": 2,
         },
     ),
+    "granite": ("GraniteConfig", {"attention_multiplier": 0.4}),  # no 1 / sqrt(d_qk)
     "gemma2": ("Gemma2Config", {"head_dim": 16, "attn_logit_softcapping": 2.0}),
-    "gpt_oss": ("GptOssConfig", {"head_dim": 16, "num_local_experts": 2}),
+    "gpt_oss": ("GptOssConfig", {"head_dim": 16, "num_local_experts": 4}),
 }
-FAMILIES = ("llama", "yi", "qwen2", "qwen3", "mistral", "glm4", "gemma", "phi3", "deepseek_v3")
+FAMILIES = (
+    "llama",
+    "yi",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "glm4",
+    "gemma",
+    "phi3",
+    "deepseek_v3",
+    "granite",
+)
 
 
 def build(

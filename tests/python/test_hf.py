@@ -1,4 +1,4 @@
-"""Patched transformers models against their own attention, and sparse prefill against a masked one."""
+"""Patched transformers models: dense against their own attention, sparse against a masked one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from flex_prefill import collect_audits, patch_model, select, unpatch_model  # noqa: E402
+from flex_prefill.patterns import FlexPrefill, Pattern, VerticalSlash  # noqa: E402
 from hf_models import (  # noqa: E402
     FAMILIES,
     assert_as_good,
@@ -19,9 +21,6 @@ from hf_models import (  # noqa: E402
 )
 from transformers import AttentionInterface, AttentionMaskInterface, StaticCache  # noqa: E402
 from transformers.masking_utils import sdpa_mask  # noqa: E402
-
-from flex_prefill import collect_audits, patch_model, select, unpatch_model  # noqa: E402
-from flex_prefill.patterns import FlexPrefill, Pattern, VerticalSlash  # noqa: E402
 
 LAYERS = 2
 
@@ -219,7 +218,7 @@ class TestGenerate:
 
 
 def block_masked_attention(pattern: Pattern, block_size: int) -> Any:
-    """An attention function in float64 over the blocks that `select` keeps, sequence by sequence."""
+    """An attention function in float64 over the blocks that `select` keeps."""
 
     def forward(module, query, key, value, attention_mask, scaling=None, **kwargs):
         _, h_q, s, _ = query.shape
