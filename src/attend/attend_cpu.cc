@@ -93,7 +93,10 @@ class Task {
     for (int p = 0; p < panels; ++p) begin_panel(p, q);
     for (int64_t e = 0; e < n_blocks_; ++e) {
       load_block(scratch_.blocks[e]);
-      for (int p = 0; p < panels; ++p) attend_panel(p);
+      for (int p = 0; p < panels; ++p) {
+        if (e + 1 < n_blocks_) prefetch(scratch_.blocks[e + 1], p, panels);
+        attend_panel(p);
+      }
     }
     for (int p = 0; p < panels; ++p) finish_panel(p, out, lse);
   }
@@ -155,6 +158,21 @@ class Task {
     const int padded = pad(n_keys_);
     for (int at = n_keys_; at < padded; ++at) load_zero_value(at);
     if (masked_) set_aside();
+  }
+
+  // Brings part p of `parts` of a block's rows to the L2 cache, where load_block will look for
+  // them.
+  void prefetch(int32_t block, int p, int parts) const {
+    const int64_t size = problem_.block_size;
+    const int64_t first = block * size, n = std::min(size, s_kv_ - first);
+    const auto lines = [&](const std::byte* row, int32_t d) {
+      const auto bytes = static_cast<int64_t>(d * element_size(problem_.dtype));
+      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
+    };
+    for (int64_t key = first + n * p / parts; key < first + n * (p + 1) / parts; ++key) {
+      lines(k_.row(key), problem_.d_qk);
+      lines(v_.row(key), problem_.d_v);
+    }
   }
 
   int pad(int n) const { return (n + ops_.key_step - 1) / ops_.key_step * ops_.key_step; }

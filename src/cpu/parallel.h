@@ -3,8 +3,10 @@
 #define FLEXPREFILL_SRC_CPU_PARALLEL_H_
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 
+#include <oneapi/tbb/global_control.h>
 #include <oneapi/tbb/info.h>
 #include <oneapi/tbb/parallel_for.h>
 #include <oneapi/tbb/partitioner.h>
@@ -14,10 +16,15 @@
 
 namespace flexprefill {
 
-// Workers of a call: as many as asked for, or as TBB's default.
+// Workers of a call: as many as asked for, or as TBB's default, within what it allows the process
+// (beyond that it would run fewer and print a warning).
 inline int worker_count(const Execution& execution) {
-  return execution.num_threads > 0 ? execution.num_threads
-                                   : oneapi::tbb::info::default_concurrency();
+  namespace tbb = oneapi::tbb;
+  const int wanted =
+      execution.num_threads > 0 ? execution.num_threads : tbb::info::default_concurrency();
+  const size_t allowed =
+      tbb::global_control::active_value(tbb::global_control::max_allowed_parallelism);
+  return allowed < static_cast<size_t>(wanted) ? static_cast<int>(allowed) : wanted;
 }
 
 // Runs task(worker, t) for t = 0 .. n_tasks - 1, begun in this order; the next free worker takes
