@@ -10,14 +10,15 @@
 #include <cstring>
 
 #include "cpu/tile_ops_tables.h"
+#include "cpu/vector_targets.h"
 #include "math.h"
 
-// Not worth a table of their own: SVE has no vectors of a known size, AVX3_DL nothing that helps.
-#define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_AVX3_DL)
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/tile_ops_highway.cc"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
+
+#include "cpu/vector-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace flexprefill {
@@ -46,47 +47,6 @@ constexpr int kPanel = kVectors * kLanes;
 constexpr int row_stride(int d) { return ((d + 15) / 16 | 1) * 16; }
 
 // ---- Conversion ---------------------------------------------------------------------------------
-
-// Highway's conversions lose inf and NaN where they are emulated.
-#if HWY_TARGET == HWY_SSSE3 || HWY_TARGET == HWY_SSE4
-constexpr bool kConvertsFloat16 = false;
-#else
-constexpr bool kConvertsFloat16 = true;
-#endif
-
-template <DType kType>
-constexpr int kElementSize = kType == DType::kFloat32 ? 4 : 2;
-
-// Eight elements of a row at a time: head dims are multiples of 8.
-using Part = hn::CappedTag<float, 8>;
-constexpr int kPart = kLanes < 8 ? kLanes : 8;
-
-template <DType kType>
-HWY_INLINE hn::Vec<Part> load_part(const std::byte* p) {
-  const Part d;
-  if constexpr (kType == DType::kFloat32) {
-    return hn::LoadU(d, reinterpret_cast<const float*>(p));
-  } else if constexpr (kType == DType::kFloat16 && !kConvertsFloat16) {
-    const hn::Rebind<uint16_t, Part> d16;
-    const hn::RebindToUnsigned<Part> d32;
-    const auto bits = hn::PromoteTo(d32, hn::LoadU(d16, reinterpret_cast<const uint16_t*>(p)));
-    const auto magnitude = hn::And(bits, hn::Set(d32, 0x7fff));
-    const auto sign = hn::ShiftLeft<16>(hn::Xor(bits, magnitude));
-    // A product moves the exponent, also of subnormal numbers.
-    const auto finite = hn::Mul(hn::BitCast(d, hn::ShiftLeft<13>(magnitude)), hn::Set(d, 0x1p112f));
-    const auto special =
-        hn::IfThenElseZero(hn::Gt(magnitude, hn::Set(d32, 0x7bff)), hn::Set(d32, 0x7f800000));
-    return hn::BitCast(d, hn::Or(hn::Or(hn::BitCast(d32, finite), special), sign));
-  } else if constexpr (kType == DType::kFloat16) {
-    const hn::Rebind<hwy::float16_t, Part> d16;
-    return hn::PromoteTo(d, hn::LoadU(d16, reinterpret_cast<const hwy::float16_t*>(p)));
-  } else {
-    const hn::Rebind<uint16_t, Part> d16;
-    const hn::RebindToUnsigned<Part> d32;
-    const auto bits = hn::PromoteTo(d32, hn::LoadU(d16, reinterpret_cast<const uint16_t*>(p)));
-    return hn::BitCast(d, hn::ShiftLeft<16>(bits));
-  }
-}
 
 // Rounds to nearest even; a NaN stays a NaN.
 template <DType kType>
@@ -199,27 +159,6 @@ void accumulate(float* p, const void* values, int n, int d_v, float* o) {
 
 // ---- Softmax ------------------------------------------------------------------------------------
 
-// 2^x for x <= 0 (up to rounding), relative error 9e-8; 0 below -126.5. A NaN stays a NaN: only
-// products and sums lead from x to the result.
-HWY_INLINE Vec exp2(Vec x) {
-  const F32 d;
-  const hn::RebindToUnsigned<F32> d32;
-  // Beyond -127 the scale below is 0. Max keeps a NaN in its second operand (x86) or in any (NEON).
-  const Vec clamped = hn::Max(hn::Set(d, -127.0f), x);
-  // Adding 1.5 * 2^23 + 127 leaves round(x) + 127, the exponent of 2^round(x), in the low bits.
-  const Vec magic = hn::Set(d, 12582912.0f + 127.0f);
-  const Vec shifted = hn::Add(clamped, magic);
-  const Vec scale = hn::BitCast(d, hn::ShiftLeft<23>(hn::BitCast(d32, shifted)));
-  const Vec f = hn::Sub(clamped, hn::Sub(shifted, magic));
-  Vec poly = hn::Set(d, 0.0013264727f);
-  poly = hn::MulAdd(poly, f, hn::Set(d, 0.0096715126f));
-  poly = hn::MulAdd(poly, f, hn::Set(d, 0.0555073374f));
-  poly = hn::MulAdd(poly, f, hn::Set(d, 0.2402224209f));
-  poly = hn::MulAdd(poly, f, hn::Set(d, 0.6931469776f));
-  poly = hn::MulAdd(poly, f, hn::Set(d, 1.0f));
-  return hn::Mul(poly, scale);
-}
-
 void weigh(float* HWY_RESTRICT s, int n, float scale, int d_v, float* HWY_RESTRICT max,
            float* HWY_RESTRICT sum, float* HWY_RESTRICT o) {
   const F32 d;
@@ -244,7 +183,7 @@ void weigh(float* HWY_RESTRICT s, int n, float scale, int d_v, float* HWY_RESTRI
   if (grew) {
     Vec factor[kVectors];
     for (int v = 0; v < kVectors; ++v) {
-      factor[v] = exp2(hn::Sub(old_max[v], top[v]));
+      factor[v] = exp2(d, hn::Sub(old_max[v], top[v]));
       total[v] = hn::Mul(total[v], factor[v]);
     }
     for (int c = 0; c < d_v; ++c) {
@@ -257,7 +196,7 @@ void weigh(float* HWY_RESTRICT s, int n, float scale, int d_v, float* HWY_RESTRI
   for (int key = 0; key < n; ++key) {
     for (int v = 0; v < kVectors; ++v) {
       float* element = s + key * kPanel + v * kLanes;
-      const Vec p = exp2(hn::MulSub(hn::Load(d, element), vscale, top[v]));
+      const Vec p = exp2(d, hn::MulSub(hn::Load(d, element), vscale, top[v]));
       total[v] = hn::Add(total[v], p);
       hn::Store(p, d, element);
     }

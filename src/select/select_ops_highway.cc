@@ -2,6 +2,7 @@
 #include <limits>
 
 #include "cpu/tile_ops.h"
+#include "cpu/vector_targets.h"
 #include "select/select_ops.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -9,42 +10,18 @@
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 
+#include "cpu/vector-inl.h"
+
 HWY_BEFORE_NAMESPACE();
 namespace flexprefill {
 namespace HWY_NAMESPACE {
 namespace {
-
-namespace hn = hwy::HWY_NAMESPACE;
 
 // Lanes of a panel: panels are whole vectors.
 using F32 = hn::ScalableTag<float>;
 using Vec = hn::Vec<F32>;
 constexpr int kLanes = HWY_LANES(float);
 static_assert(kLanes <= SelectOps::kMaxLanes);
-
-// Elements of a row, at most 8 at a time: head dims are multiples of 8.
-using Part = hn::CappedTag<float, 8>;
-constexpr int kPart = kLanes < 8 ? kLanes : 8;
-
-// 2^x for x <= 0 (up to rounding), relative error 9e-8; 0 below -126.5. A NaN stays a NaN.
-template <class D, class V>
-HWY_INLINE V exp2(D d, V x) {
-  const hn::RebindToUnsigned<D> d32;
-  // Max keeps a NaN in its second operand (x86) or in any (NEON).
-  const V clamped = hn::Max(hn::Set(d, -127.0f), x);
-  // Adding 1.5 * 2^23 + 127 leaves round(x) + 127, the exponent of 2^round(x), in the low bits.
-  const V magic = hn::Set(d, 12582912.0f + 127.0f);
-  const V shifted = hn::Add(clamped, magic);
-  const V scale = hn::BitCast(d, hn::ShiftLeft<23>(hn::BitCast(d32, shifted)));
-  const V f = hn::Sub(clamped, hn::Sub(shifted, magic));
-  V poly = hn::Set(d, 0.0013264727f);
-  poly = hn::MulAdd(poly, f, hn::Set(d, 0.0096715126f));
-  poly = hn::MulAdd(poly, f, hn::Set(d, 0.0555073374f));
-  poly = hn::MulAdd(poly, f, hn::Set(d, 0.2402224209f));
-  poly = hn::MulAdd(poly, f, hn::Set(d, 0.6931469776f));
-  poly = hn::MulAdd(poly, f, hn::Set(d, 1.0f));
-  return hn::Mul(poly, scale);
-}
 
 // The logits of one key, lanes v .. v + kLanes - 1; -inf where a lane does not see the key.
 template <bool kMasked>
@@ -130,28 +107,11 @@ void sum_lanes(const float* partial, int n, float* sums) {
 }
 
 template <DType kType>
-HWY_INLINE hn::Vec<Part> load_part(const std::byte* p) {
-  const Part d;
-  if constexpr (kType == DType::kFloat32) {
-    return hn::LoadU(d, reinterpret_cast<const float*>(p));
-  } else if constexpr (kType == DType::kFloat16) {
-    const hn::Rebind<hwy::float16_t, Part> d16;
-    return hn::PromoteTo(d, hn::LoadU(d16, reinterpret_cast<const hwy::float16_t*>(p)));
-  } else {
-    const hn::Rebind<uint16_t, Part> d16;
-    const hn::RebindToUnsigned<Part> d32;
-    const auto bits = hn::PromoteTo(d32, hn::LoadU(d16, reinterpret_cast<const uint16_t*>(p)));
-    return hn::BitCast(d, hn::ShiftLeft<16>(bits));
-  }
-}
-
-template <DType kType>
 void add_rows_as(const std::byte* rows, int64_t stride, int64_t n, int d, float* sums) {
-  constexpr int kElementSize = kType == DType::kFloat32 ? 4 : 2;
   const Part part;
   for (int64_t i = 0; i < n; ++i) {
     for (int c = 0; c < d; c += kPart) {
-      const auto x = load_part<kType>(rows + i * stride + c * kElementSize);
+      const auto x = load_part<kType>(rows + i * stride + c * kElementSize<kType>);
       hn::StoreU(hn::Add(hn::LoadU(part, sums + c), x), part, sums + c);
     }
   }
