@@ -145,6 +145,7 @@ def test_bench_ratios_and_files(tmp_path: Path) -> None:
         )
         assert ratios["workspace_share_of_qkv"] > 0
     assert len(report["crossover"]) == 2
+    assert report["command"].startswith("flexprefill bench --tokens 1024 512 --head-dim 32 64")
     assert report["machine"]["cpu_targets"] == flex_prefill.info()["cpu_targets"]
     assert plot.read_bytes().startswith(b"\x89PNG")
 

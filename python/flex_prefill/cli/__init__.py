@@ -6,6 +6,7 @@ Exit code 0: done; 1: failed, with one line that says what and how to mend it; 2
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -45,7 +46,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
-    args = make_parser().parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    args = make_parser().parse_args(arguments)
+    args.command_line = shlex.join(["flexprefill", *arguments])
     try:
         args.run(args)
     except CommandError as error:

@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
         with torch.inference_mode():
             cases.append(_measure(torch, args, kind, dtype, d, n, peers, rates.get(dtype)))
     report = {
-        **run_description(torch),
+        **run_description(torch, args.command_line),
         "settings": {
             "heads": args.heads,
             "kv_heads": args.kv_heads,

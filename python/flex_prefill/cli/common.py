@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shlex
 import subprocess
 import sys
 import time
@@ -267,12 +266,12 @@ def commit() -> str | None:
         return None
 
 
-def run_description(torch: Any) -> dict[str, Any]:
+def run_description(torch: Any, command_line: str) -> dict[str, Any]:
     """What a measurement was made on and by, for its JSON."""
     info = flex_prefill.info()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["flexprefill", *sys.argv[1:]]),
+        "command": command_line,
         "commit": commit(),
         "machine": {
             **cpu_description(),

@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
         runs = _run_both(torch, model, tokenizer, prompt, args, cfg)
     own, sparse = runs
     report = {
-        **run_description(torch),
+        **run_description(torch, args.command_line),
         "model": {"folder": str(folder), "parameters": model.num_parameters()},
         "dtype": str(dtype).removeprefix("torch."),
         "pattern": {"name": args.pattern, **cfg},
