@@ -60,8 +60,8 @@ format: $(VENV)/.tools  ## Format everything in place
 	ruff format .
 	ruff check --fix .
 
-bench: setup  ## Time dense and sparse attention beside torch's (ARGS="--json FILE" keeps the figures)
-	flexprefill bench $(ARGS)
+bench: setup  ## Measure what README.md states and write it there; half an hour, on an idle machine
+	bench/run
 
 $(VENV)/.docs: $(VENV)/.tools
 	pip --disable-pip-version-check install --quiet 'sphinx>=8' furo myst-parser
