@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -16,7 +17,7 @@ from flex_prefill.cli import main
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from flex_prefill.cli import bench, common, inputs  # noqa: E402
+from flex_prefill.cli import bench, common, inputs, prompts  # noqa: E402
 from flex_prefill.cli import inspect as inspect_command  # noqa: E402
 
 SHORT = "--cfg flex_prefill_min_budget=128 block_size=64"
@@ -112,6 +113,21 @@ def test_demo_dense_pattern_gives_the_models_own_answer(model_folder: Path, tmp_
     assert report["sparse"]["density"] == 1
     assert report["sparse"]["reply"] == report["own"]["reply"]
     assert report["own"]["right"] == ("rain" in report["own"]["reply"])
+
+
+def test_a_document_becomes_a_chat_or_is_continued(model_folder: Path, tmp_path: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    document = tmp_path / "document.txt"
+    document.write_text("Rain fell.\n")
+
+    def text(question: str | None) -> str:
+        args = argparse.Namespace(prompt_file=document, question=question, tokens=None)
+        return tokenizer.decode(prompts.make_prompt(args, tokenizer).token_ids)
+
+    assert text(None) == "Rain fell."
+    assert text("What fell?") == "Rain fell.\n\nQuestion: What fell?\nAnswer:"
+    tokenizer.chat_template = "<{{ messages[0]['content'] }}>{{ add_generation_prompt }}"
+    assert text("What fell?") == "<Rain fell.\n\nWhat fell?>True"
 
 
 def test_demo_prints_what_people_ask(
@@ -238,6 +254,7 @@ def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -
         ([], "COMMAND"),
         (["fly"], "fly"),
         (["bench", "--tokens", "0"], "at least 1"),
+        (["demo", "--threads", "-1"], "at least 1"),
         (["bench", "--heads", "6", "--kv-heads", "4"], "multiple of --kv-heads 4"),
         (["bench", "--peers", "torch,flash"], "'flash'"),
         (["bench", "--gamma", "1.5"], "gamma"),

@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", nargs="+", choices=tuple(INPUTS), default=["structured"])
     add_pattern_arguments(parser)
     parser.add_argument("--repeat", type=positive, default=3, help="runs of each (default 3)")
-    parser.add_argument("--threads", type=int, default=0, help="default: all that the process has")
+    parser.add_argument("--threads", type=positive, default=0, help="default: all there are")
     parser.add_argument(
         "--peers", default="torch,gemm", help="of torch, gemm; none (default torch,gemm)"
     )

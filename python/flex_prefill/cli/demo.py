@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto: the faster of bfloat16 and float32 in torch's matrix product on this machine",
     )
-    parser.add_argument("--threads", type=int, default=0, help="default: all that the process has")
+    parser.add_argument("--threads", type=positive, default=0, help="default: all there are")
     parser.add_argument("--repeat", type=positive, default=1, help="runs of each; medians count")
     parser.add_argument("--max-new-tokens", type=positive, default=32)
     parser.add_argument("--json", type=Path, metavar="FILE", help="- is standard output")

@@ -32,6 +32,7 @@ from flex_prefill.cli.common import (
     load_torch,
     pattern_config,
     pattern_from,
+    positive,
     require,
     write_json,
 )
@@ -66,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"up to {_MOST_PANELS} (default: from the sparsest to the densest of the layer)",
     )
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
-    parser.add_argument("--threads", type=int, default=0, help="default: all that the process has")
+    parser.add_argument("--threads", type=positive, default=0, help="default: all there are")
     parser.add_argument("--out", type=Path, default=Path("heads.png"), metavar="FILE.png")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the table; - is standard output")
 
