@@ -60,7 +60,7 @@ format: $(VENV)/.tools  ## Format everything in place
 	ruff format .
 	ruff check --fix .
 
-bench: setup  ## Measure what README.md states and write it there; half an hour, on an idle machine
+bench: setup  ## Measure what README.md states and write it there; 15 minutes, on an idle machine
 	bench/run
 
 $(VENV)/.docs: $(VENV)/.tools

@@ -48,6 +48,7 @@ EXAMPLE = """example:
       --dtype float32 --gamma 0.95 --json bench.json --plot bench.png"""
 
 PEERS = ("torch", "gemm")
+_ENOUGH_SECONDS = 60  # of one case; calls that long need no repeats
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--input", nargs="+", choices=tuple(INPUTS), default=["structured"])
     add_pattern_arguments(parser)
-    parser.add_argument("--repeat", type=positive, default=3, help="runs of each (default 3)")
+    parser.add_argument(
+        "--repeat",
+        type=positive,
+        default=3,
+        help=f"runs of each (default 3); fewer once a case has taken {_ENOUGH_SECONDS} s",
+    )
     parser.add_argument("--threads", type=positive, default=0, help="default: all there are")
     parser.add_argument(
         "--peers", default="torch,gemm", help="of torch, gemm; none (default torch,gemm)"
@@ -172,7 +178,8 @@ def _measure(
         a, b = (torch.ones(gemm[1], gemm[1], dtype=dtype) for _ in range(2))
         calls["gemm"] = lambda: a @ b
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(args.repeat):
+    began = time.perf_counter()
+    while len(seconds["dense"]) < args.repeat and time.perf_counter() - began < _ENOUGH_SECONDS:
         for name, call in calls.items():
             start = time.perf_counter()
             call()
@@ -267,7 +274,7 @@ def _print(report: dict[str, Any]) -> None:
         f"{machine['cpu']}, {machine['threads']} threads, CPU target {machine['cpu_targets'][0]}\n"
         f"{settings['heads']} query heads, {settings['kv_heads']} K/V heads, "
         f"{describe_pattern(settings['pattern'], settings['cfg'])}; "
-        f"medians of {settings['repeat']}\n"
+        f"medians of up to {settings['repeat']} runs\n"
     )
     print(format_cases(report["cases"]))
     print()
