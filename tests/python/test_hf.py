@@ -101,11 +101,14 @@ class TestDense:
         assert len(audits) == 3 * LAYERS
         assert_as_good(torch.cat(chunks, dim=1), own, exact)
 
-    def test_chunks_of_a_padded_batch(self):
-        # The first chunk of sequence 1 is nothing but padding.
+    @pytest.mark.parametrize(
+        ("padding", "sequences"), [(slice(170), [1, 2, 2]), (slice(290, None), [2, 2, 1])]
+    )
+    def test_chunks_of_a_padded_batch(self, padding: slice, sequences: list[int]):
+        # Sequence 1 begins in the second chunk, or ends in it.
         model, ids = build(), tokens(2, 450)
         mask = torch.ones(2, 450, dtype=torch.long)
-        mask[1, :170] = 0
+        mask[1, padding] = 0
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         inputs = {"attention_mask": mask, "position_ids": positions}
         own, exact = logits(model, ids, **inputs), exact_logits(model, ids, **inputs)
@@ -123,7 +126,7 @@ class TestDense:
                 )
                 past = output.past_key_values
                 chunks.append(output.logits)
-        assert [audit.density.shape for _, audit in audits] == [(1, 4)] * 2 + [(2, 4)] * 4
+        assert [len(audit.density) for _, audit in audits[::LAYERS]] == sequences
         assert_as_good(torch.cat(chunks, dim=1), own, exact, mask.bool())
 
     def test_rows_of_nothing_but_padding(self):

@@ -34,6 +34,10 @@ class TestModels:
         assert model.config._attn_implementation == "eager"
         assert_left_alone(model, ids, attention_mask=mask)
 
+    def test_models_that_transformers_only_computes_eagerly(self):
+        # There may be more in such a model's attention than its arguments say.
+        assert_left_alone(build("gemma2", attn_logit_softcapping=None), tokens(1, 300))
+
     def test_sinks_loaded_with_flex_prefill(self):
         # Nobody said what the model's own attention is: it is what transformers would choose.
         ids = tokens(1, 300)
