@@ -60,31 +60,27 @@ void masses_as(const ScoreTile& tile, const float* max, const float* inverse, in
   const F32 d;
   constexpr int kStride = SelectOps::kMaxLanes;
   float* const side = split > 0 ? below : above;
-  // Keys kLanes apart come one after the other: their stores to slash then either coincide with a
-  // later load or do not touch it, and no load waits for two stores that cover it in part.
-  for (int first = 0; first < kLanes; ++first) {
-    for (int key = first; key < tile.n; key += kLanes) {
-      Vec low = hn::Zero(d), high = hn::Zero(d);
-      for (int v = 0; v < tile.panel; v += kLanes) {
-        const Vec x = hn::Sub(logits<kMasked>(tile, key, v), hn::LoadU(d, max + v));
-        const Vec mass = hn::Mul(exp2(d, x), hn::LoadU(d, inverse + v));
-        float* const distance = slash + (v - key);
-        hn::StoreU(hn::Add(hn::LoadU(d, distance), mass), d, distance);
-        if constexpr (kSplit) {
-          const auto is_low =
-              hn::Lt(hn::Iota(d, static_cast<float>(v)), hn::Set(d, static_cast<float>(split)));
-          low = hn::Add(low, hn::IfThenElseZero(is_low, mass));
-          high = hn::Add(high, hn::IfThenZeroElse(is_low, mass));
-        } else {
-          low = hn::Add(low, mass);
-        }
-      }
-      float* const sums = (kSplit ? below : side) + key * kStride;
-      hn::StoreU(hn::Add(hn::LoadU(d, sums), low), d, sums);
+  for (int key = 0; key < tile.n; ++key) {
+    Vec low = hn::Zero(d), high = hn::Zero(d);
+    for (int v = 0; v < tile.panel; v += kLanes) {
+      const Vec x = hn::Sub(logits<kMasked>(tile, key, v), hn::LoadU(d, max + v));
+      const Vec mass = hn::Mul(exp2(d, x), hn::LoadU(d, inverse + v));
+      float* const distance = slash + (v - key);
+      hn::StoreU(hn::Add(hn::LoadU(d, distance), mass), d, distance);
       if constexpr (kSplit) {
-        float* const others = above + key * kStride;
-        hn::StoreU(hn::Add(hn::LoadU(d, others), high), d, others);
+        const auto is_low =
+            hn::Lt(hn::Iota(d, static_cast<float>(v)), hn::Set(d, static_cast<float>(split)));
+        low = hn::Add(low, hn::IfThenElseZero(is_low, mass));
+        high = hn::Add(high, hn::IfThenZeroElse(is_low, mass));
+      } else {
+        low = hn::Add(low, mass);
       }
+    }
+    float* const sums = (kSplit ? below : side) + key * kStride;
+    hn::StoreU(hn::Add(hn::LoadU(d, sums), low), d, sums);
+    if constexpr (kSplit) {
+      float* const others = above + key * kStride;
+      hn::StoreU(hn::Add(hn::LoadU(d, others), high), d, others);
     }
   }
 }
