@@ -323,7 +323,10 @@ flexprefill_status flexprefill_block_grid(int64_t s_q, int64_t s_kv, int32_t blo
 }
 
 flexprefill_status flexprefill_block_index_create(flexprefill_block_index** index) {
-  return guarded([&] { required(index, "index") = new flexprefill_block_index; });
+  return guarded([&] {
+    flexprefill_block_index*& made = required(index, "index");
+    made = new flexprefill_block_index;
+  });
 }
 
 flexprefill_status flexprefill_block_index_from_view(const flexprefill_block_index_view* view,
@@ -424,7 +427,10 @@ flexprefill_status flexprefill_block_index_deserialize(const void* bytes, size_t
 }
 
 flexprefill_status flexprefill_workspace_create(flexprefill_workspace** workspace) {
-  return guarded([&] { required(workspace, "workspace") = new flexprefill_workspace; });
+  return guarded([&] {
+    flexprefill_workspace*& made = required(workspace, "workspace");
+    made = new flexprefill_workspace;
+  });
 }
 
 void flexprefill_workspace_destroy(flexprefill_workspace* workspace) { delete workspace; }
