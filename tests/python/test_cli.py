@@ -309,7 +309,7 @@ def test_failures_exit_with_1(
     ("command", "package", "extra"),
     [
         (["bench"], "torch", "torch"),
-        (["demo"], "torch", "torch"),
+        (["demo"], "torch", "transformers"),
         (["bench", "--plot", "bench.png"], "matplotlib", "plot"),
     ],
 )

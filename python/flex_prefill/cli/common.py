@@ -109,7 +109,7 @@ def describe_pattern(name: str, cfg: dict[str, Any]) -> str:
     return f"{name} ({', '.join(shown)})" if shown else name
 
 
-def load_torch(threads: int) -> Any:
+def load_torch(threads: int, extra: str = "torch") -> Any:
     """Imports torch with a thread pool that sleeps between calls.
 
     libgomp's threads otherwise spin for a while after each of torch's calls and take the cores away
@@ -117,7 +117,7 @@ def load_torch(threads: int) -> Any:
     user has set stays.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    torch = require("torch", "torch")
+    torch = require("torch", extra)
     torch.set_num_threads(threads or flex_prefill.info()["threads"])
     return torch
 

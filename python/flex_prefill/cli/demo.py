@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     check_prompt_arguments(args)
     cfg = pattern_config(args)
     folder = find_model(args.model)
-    torch = load_torch(args.threads)
+    torch = load_torch(args.threads, "transformers")
     require("transformers", "transformers")
     require("rich", "transformers")
     dtype, reason = choose_dtype(torch, args.dtype)

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
         raise CommandError(f"argument --head: expected at most {_MOST_PANELS}", usage=True)
     folder = find_model(args.model)
     require("matplotlib", "plot")
-    torch = load_torch(args.threads)
+    torch = load_torch(args.threads, "transformers")
     require("transformers", "transformers")
     dtype, _ = choose_dtype(torch, args.dtype)
     model, tokenizer = load_model(folder, dtype)
