@@ -156,7 +156,9 @@ def main() -> None:
     start = time.monotonic()
     model = Llama().cuda()
     restore(model, options.model)
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    head = subprocess.run(
+        ["git", "rev-parse", "--verify", "HEAD"], capture_output=True, text=True, cwd=ROOT
+    )
     results = {
         "machine": f"{torch.cuda.get_device_name()}, torch {torch.__version__}, "
         f"Python {platform.python_version()}",

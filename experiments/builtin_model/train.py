@@ -2,9 +2,11 @@
 
     python experiments/builtin_model/train.py --out models/needle-7m
 
-Training is planned in seconds, not steps: short sequences first (with gaps in their positions, see
-tasks.py), long ones last. It writes a loadable model folder every minute, so it can be stopped at
-any time. Training tokens are prepared first if they are missing.
+Training is planned in seconds of an H200, not in steps: short sequences first (with gaps in their
+positions, see tasks.py), long ones last, and a second stage where every other step prefills under
+FlexPrefill's selection (see "exam" in tasks.py). With `--time 4` it takes four times as long, for
+slower cards. It writes a loadable model folder every minute, so it can be stopped at any time.
+Training tokens are prepared first if they are missing.
 """
 
 from __future__ import annotations
@@ -43,16 +45,43 @@ class Phase:
     sparse: bool = False  # every other step under FlexPrefill's selection
 
 
-PHASES = [
-    Phase(0.28, 1024),
-    Phase(0.06, 2048),
-    Phase(0.08, 4096),
-    Phase(0.10, 8192),
-    Phase(0.14, 16_384),
-    Phase(0.10, 4096, sparse=True),
-    Phase(0.06, 20_480),
-    Phase(0.18, 16_384, sparse=True),
-]
+@dataclass(frozen=True)
+class Stage:
+    """A run of the optimizer with a learning rate schedule of its own."""
+
+    seconds: float
+    scale: float  # on both learning rates
+    decay: float  # share of the time in which they fall to 2 %
+    seed: int
+    phases: list[Phase]
+
+
+DENSE = Stage(
+    seconds=265,
+    scale=1.0,
+    decay=0.25,
+    seed=1,
+    phases=[
+        Phase(0.36, 1024),
+        Phase(0.07, 2048),
+        Phase(0.10, 4096),
+        Phase(0.14, 8192),
+        Phase(0.20, 16_384),
+        Phase(0.13, 20_480),
+    ],
+)
+SPARSE = Stage(
+    seconds=170,
+    scale=0.5,
+    decay=0.8,
+    seed=2,
+    phases=[
+        Phase(0.32, 4096, sparse=True),
+        Phase(0.18, 8192, sparse=True),
+        Phase(0.50, 16_384, sparse=True),
+    ],
+)
+STAGES = {"dense": [DENSE], "sparse": [SPARSE], "both": [DENSE, SPARSE]}
 
 
 class Batches(IterableDataset):
@@ -120,12 +149,13 @@ def schedule(progress: float, decay: float, warmup: float = 0.02) -> float:
     return min(1.0, max(0.02, (1 - progress) / decay))
 
 
-def train(options: argparse.Namespace, device: torch.device) -> Llama:
-    """Run the phases; returns the model."""
-    torch.manual_seed(options.seed)
+def train(stage: Stage, init: Path | None, options: argparse.Namespace) -> None:
+    """Run the phases of a stage, from the weights in folder `init` if given; writes the model."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(stage.seed)
     model = Llama().to(device)
-    if options.init:
-        restore(model, options.init)
+    if init:
+        restore(model, init)
     loss_function = losses
     matrices = [p for p in model.parameters() if p.ndim == 2 and len(p) != model.config.vocab]
     others = [p for p in model.parameters() if p.ndim == 1 or len(p) == model.config.vocab]
@@ -137,13 +167,13 @@ def train(options: argparse.Namespace, device: torch.device) -> Llama:
         muon.direction = torch.compile(muon.direction, dynamic=False)
     maker = TaskMaker(options.data, options.tokenizer)
 
-    choice = random.Random(options.seed)
+    choice = random.Random(stage.seed)
     start = saved = time.monotonic()
     step, seen, phase_end = 0, 0, 0.0
-    for phase in options.phases:
+    for phase in stage.phases:
         phase_end += phase.share
         count = max(1, options.tokens // phase.length)
-        batches = Batches(maker, count, phase, options.seed)
+        batches = Batches(maker, count, phase, stage.seed)
         workers = options.workers
         loader = DataLoader(
             batches,
@@ -154,10 +184,10 @@ def train(options: argparse.Namespace, device: torch.device) -> Llama:
         )
         logged, log_time, first = ([], []), time.monotonic(), seen
         for batch in loader:
-            progress = (time.monotonic() - start) / options.seconds
+            progress = (time.monotonic() - start) / (stage.seconds * options.time)
             if progress >= min(phase_end, 1.0):
                 break
-            rate = schedule(progress, options.decay) * options.scale
+            rate = schedule(progress, stage.decay) * stage.scale
             exam = bool(batch[3, 0, 0])
             tokens, classes, positions, prompts = batch.to(device, non_blocking=True).long()
             attend = dense
@@ -192,13 +222,6 @@ def train(options: argparse.Namespace, device: torch.device) -> Llama:
         del loader
     export(model, options.out)
     print(f"{time.monotonic() - start:.1f} s, {step} steps, {seen / 1e6:.1f} M tokens", flush=True)
-    return model
-
-
-def parse_phases(text: str) -> list[Phase]:
-    """Phases from share:length or share:length:sparse, separated by commas."""
-    parts = (part.split(":") for part in text.split(","))
-    return [Phase(float(share), int(length), bool(rest)) for share, length, *rest in parts]
 
 
 def main() -> None:
@@ -207,20 +230,15 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="model folder to write")
     parser.add_argument("--data", type=Path, default=HERE / "data", help="training tokens")
+    parser.add_argument("--stage", choices=STAGES, default="both", help="what to run")
     parser.add_argument("--init", type=Path, help="model folder to start from")
-    parser.add_argument("--seconds", type=float, default=470, help="length of the training")
+    parser.add_argument("--time", type=float, default=1.0, help="on the stages' seconds")
     parser.add_argument("--tokens", type=int, default=81_920, help="tokens of a step")
     parser.add_argument("--lr", type=float, default=3e-3, help="AdamW's, for embedding and norms")
     parser.add_argument("--muon-lr", type=float, default=5e-3, help="Muon's, for the matrices")
-    parser.add_argument("--scale", type=float, default=1.0, help="on both learning rates")
-    parser.add_argument("--decay", type=float, default=0.5, help="share of time for its decay")
     parser.add_argument("--text-weight", type=float, default=0.3, help="of text in the loss")
-    parser.add_argument(
-        "--phases", type=parse_phases, default=PHASES, help="share:length[:sparse],..."
-    )
     parser.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 2))
     parser.add_argument("--log-seconds", type=float, default=10)
-    parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     options.tokenizer = options.out / "tokenizer.json"
     shipped = HERE.parents[1] / "models" / "needle-7m"
@@ -232,8 +250,10 @@ def main() -> None:
         command = [sys.executable, HERE / "prepare.py", "--model", options.out]
         command += ["--data", options.data]
         subprocess.run(command, check=True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    train(options, device)
+    init = options.init
+    for stage in STAGES[options.stage]:
+        train(stage, init, options)
+        init = options.out
 
 
 if __name__ == "__main__":
