@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import flex_prefill as fp
 import ml_dtypes
@@ -321,6 +323,35 @@ class TestPublishedFunction:
         index = fp.select(q, k, fp.FlexPrefill(0.5, 0, 1), block_size=32)
         _, n_q, n_kv = grid(400, 900, 32)
         assert ratio == pytest.approx(len(index.indices) / (2 * 2 * n_q * n_kv), rel=1e-12)
+
+
+@pytest.mark.parametrize("pattern", [fp.Dense(), fp.FlexPrefill()], ids=repr)
+def test_workspace_of_a_long_prompt(pattern):
+    q = np.zeros((1, 32768, 8, 128), np.float16)  # never touched
+    k = np.zeros((1, 32768, 2, 128), np.float16)
+    assert 0 < fp.prefill_workspace_size(q, k, k, pattern) <= 0.1 * (q.nbytes + 2 * k.nbytes)
+
+
+def test_calls_from_many_threads():
+    inputs = [structured(np.random.default_rng(seed), 300, 300, 4, 2, 32) for seed in range(6)]
+
+    def call(x):
+        return fp.prefill(*x, fp.FlexPrefill(min_budget=64), block_size=32)
+
+    with ThreadPoolExecutor(6) as pool:
+        for x, out in zip(inputs, pool.map(call, inputs), strict=True):
+            np.testing.assert_array_equal(out, call(x))
+
+
+def test_other_python_threads_run_during_a_call():
+    q, k, v = structured(np.random.default_rng(0), 1500, 1500, 4, 2, 64)
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(fp.attend, q, k, v, backend="reference")  # slow
+        turns = 0
+        while not call.done():
+            time.sleep(0.001)
+            turns += 1
+    assert turns >= 5
 
 
 def test_an_empty_batch():
