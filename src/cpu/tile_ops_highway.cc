@@ -20,6 +20,14 @@
 
 #include "cpu/vector-inl.h"
 
+// Of the steps over k, 1.5 to 6 % on Zen 3. (A loop of four inside is not unrolled by g++ 12.)
+#undef FLEXPREFILL_UNROLL_BY_4
+#if HWY_COMPILER_CLANG
+#define FLEXPREFILL_UNROLL_BY_4 _Pragma("clang loop unroll_count(4)")
+#else
+#define FLEXPREFILL_UNROLL_BY_4 _Pragma("GCC unroll 4")
+#endif
+
 HWY_BEFORE_NAMESPACE();
 namespace flexprefill {
 namespace HWY_NAMESPACE {
@@ -119,6 +127,7 @@ HWY_INLINE void tile(const float* HWY_RESTRICT a, ptrdiff_t row_step, ptrdiff_t 
       sum[r][v] = kAdd ? hn::Load(d, c + r * kPanel + v * kLanes) : hn::Zero(d);
     }
   }
+  FLEXPREFILL_UNROLL_BY_4
   for (int k = 0; k < n_k; ++k) {
     Vec lanes[kVectors];
     for (int v = 0; v < kVectors; ++v) lanes[v] = hn::Load(d, b + k * kPanel + v * kLanes);
