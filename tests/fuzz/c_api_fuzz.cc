@@ -45,13 +45,14 @@ int64_t element_size(const flexprefill_tensor& tensor) {
 
 // Whether every element lies in kTensorBytes bytes from `data`.
 bool in_memory(const flexprefill_tensor& tensor) {
-  __int128 first = 0, last = 0;
+  double first = 0, last = 0;  // exact where it matters
   for (int32_t i = 0; i < std::clamp(tensor.rank, 0, 4); ++i) {
     if (tensor.shape[i] <= 0) return true;
-    const __int128 reach = static_cast<__int128>(tensor.shape[i] - 1) * tensor.strides[i];
+    const double reach =
+        static_cast<double>(tensor.shape[i] - 1) * static_cast<double>(tensor.strides[i]);
     (reach < 0 ? first : last) += reach;
   }
-  return first >= 0 && (last + 1) * element_size(tensor) <= kTensorBytes;
+  return first >= 0 && (last + 1) * static_cast<double>(element_size(tensor)) <= kTensorBytes;
 }
 
 // Upper bound of the products of a call: positions of q times keys times dims.
