@@ -12,6 +12,7 @@
 #include "case_table.h"
 #include "math.h"
 #include "problem.h"
+#include "test_executions.h"
 
 namespace flexprefill::testing {
 namespace {
@@ -85,20 +86,6 @@ std::vector<float> naive_row(const CaseData& data, const BlockIndex* index, int6
   }
   for (float& element : out) element = round_to(element, c.dtype);
   return out;
-}
-
-std::vector<Execution> executions() {
-  std::vector<Execution> all{{.backend = Backend::kReference}};
-  for (const CpuTarget target : supported_cpu_targets()) {
-    all.push_back({.backend = Backend::kCpu, .cpu_target = target});
-  }
-  all.push_back({.backend = Backend::kCpu, .num_threads = 1});
-  return all;
-}
-
-std::string execution_name(const Execution& e) {
-  if (e.backend == Backend::kReference) return "reference";
-  return std::string(cpu_target_name(e.cpu_target)) + (e.num_threads == 1 ? "_one_thread" : "");
 }
 
 void run(CaseData& data, const BlockIndex* index, const Execution& execution) {

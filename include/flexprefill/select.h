@@ -57,8 +57,8 @@ struct HeadAudit {
 };
 
 // Fills `index`; `audit` is empty or [b * h_q], sequence-major.
-// A sequence with s_q <= B, or s_kv <= max(2B, ceil(min_budget / B) * B), stays dense; so does a
-// head whose probe meets a NaN (its output then has NaN where dense attention has it).
+// Patterns with a probe leave dense a sequence with s_q <= B or s_kv <= max(2B, ceil(min_budget / B)
+// * B), and a head whose probe meets a NaN (its output then has NaN where dense attention has it).
 // input.v is not looked at. Throws Error before anything is written. Allocates only `index`.
 FLEXPREFILL_API void select(const AttentionInput& input, const Pattern& pattern,
                             const Execution& execution, Workspace workspace, BlockIndex& index,
