@@ -57,9 +57,10 @@ struct HeadAudit {
 };
 
 // Fills `index`; `audit` is empty or [b * h_q], sequence-major.
-// Patterns with a probe leave dense a sequence with s_q <= B or s_kv <= max(2B, ceil(min_budget / B)
-// * B), and a head whose probe meets a NaN (its output then has NaN where dense attention has it).
-// input.v is not looked at. Throws Error before anything is written. Allocates only `index`.
+// Patterns with a probe leave two things dense: a sequence with s_q <= B, or with
+// s_kv <= max(2B, ceil(min_budget / B) * B); and a head whose probe meets a NaN (its output then
+// has NaN where dense attention has it). input.v is not looked at. Throws Error before anything is
+// written. Allocates only `index`.
 FLEXPREFILL_API void select(const AttentionInput& input, const Pattern& pattern,
                             const Execution& execution, Workspace workspace, BlockIndex& index,
                             std::span<HeadAudit> audit = {});
