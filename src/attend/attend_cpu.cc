@@ -58,11 +58,24 @@ Scratch take_scratch(const Problem& problem, const TileOps& ops, Arena& arena) {
           .blocks = arena.take<int32_t>(n_kv)};
 }
 
+// inf and NaN have all exponent bits set.
+template <typename Bits>
+bool is_finite_row(const std::byte* row, int d, Bits exponent) {
+  const auto* bits = reinterpret_cast<const Bits*>(row);
+  Bits found = 0;
+  for (int c = 0; c < d; ++c) found |= static_cast<Bits>((bits[c] & exponent) == exponent);
+  return found == 0;
+}
+
 bool is_finite_row(const std::byte* row, int d, DType dtype) {
-  const size_t size = element_size(dtype);
-  bool finite = true;
-  for (int c = 0; c < d; ++c) finite &= std::isfinite(load_float(row + c * size, dtype));
-  return finite;
+  switch (dtype) {
+    case DType::kFloat32:
+      return is_finite_row<uint32_t>(row, d, 0x7f800000);
+    case DType::kFloat16:
+      return is_finite_row<uint16_t>(row, d, 0x7c00);
+    default:
+      return is_finite_row<uint16_t>(row, d, 0x7f80);
+  }
 }
 
 class Task {
@@ -207,7 +220,9 @@ class Task {
   }
 
   void mask(int p, int padded) {
-    for (int at = 0; at < padded; ++at) {
+    // All see the keys up to the first query's own, but for a window.
+    const int64_t first = window_.active() ? 0 : first_position(p) + 1 - block_first_;
+    for (auto at = static_cast<int>(std::max<int64_t>(first, 0)); at < padded; ++at) {
       float* s = scratch_.s + at * ops_.panel;
       const Lanes seen = seeing(p, block_first_ + at);
       std::fill_n(s, seen.begin, -kInfinity);

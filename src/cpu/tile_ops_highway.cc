@@ -95,14 +95,36 @@ HWY_INLINE void load_row(const std::byte* row, int d, float* to) {
 
 size_t packed_q_bytes(int d) { return sizeof(float) * d * kPanel; }
 
+// Both turn parts of eight columns at a time: [lane][8] <-> [8][lane].
 template <DType kType>
 void pack_q(const std::byte* rows, int64_t stride, int n, int d, void* packed) {
-  HWY_ALIGN float row[TileOps::kMaxHeadDim];
+  HWY_ALIGN float part[kPanel][8] = {};
   float* to = static_cast<float*>(packed);
-  if (n < kPanel) std::memset(to, 0, packed_q_bytes(d));
-  for (int lane = 0; lane < n; ++lane) {
-    load_row<kType>(rows + lane * stride, d, row);
-    for (int k = 0; k < d; ++k) to[k * kPanel + lane] = row[k];
+  for (int k = 0; k < d; k += 8) {
+    for (int lane = 0; lane < n; ++lane) {
+      load_row<kType>(rows + lane * stride + k * kElementSize<kType>, 8, part[lane]);
+    }
+    for (int i = 0; i < 8; ++i) {
+      for (int lane = 0; lane < kPanel; ++lane) to[(k + i) * kPanel + lane] = part[lane][i];
+    }
+  }
+}
+
+template <DType kType>
+void store(const float* o, const float* sum, int n, int d_v, std::byte* out, int64_t stride) {
+  HWY_ALIGN float part[kPanel][8];
+  const Part d;
+  for (int c = 0; c < d_v; c += 8) {
+    for (int i = 0; i < 8; ++i) {
+      for (int lane = 0; lane < kPanel; ++lane) part[lane][i] = o[(c + i) * kPanel + lane];
+    }
+    for (int lane = 0; lane < n; ++lane) {
+      std::byte* to = out + lane * stride + c * kElementSize<kType>;
+      for (int i = 0; i < 8; i += kPart) {
+        const auto quotient = hn::Div(hn::Load(d, part[lane] + i), hn::Set(d, sum[lane]));
+        store_part<kType>(quotient, to + i * kElementSize<kType>);
+      }
+    }
   }
 }
 
@@ -211,20 +233,6 @@ void weigh(float* HWY_RESTRICT s, int n, float scale, int d_v, float* HWY_RESTRI
     }
   }
   for (int v = 0; v < kVectors; ++v) hn::Store(total[v], d, sum + v * kLanes);
-}
-
-template <DType kType>
-void store(const float* o, const float* sum, int n, int d_v, std::byte* out, int64_t stride) {
-  HWY_ALIGN float row[TileOps::kMaxHeadDim];
-  const Part d;
-  for (int lane = 0; lane < n; ++lane) {
-    for (int c = 0; c < d_v; ++c) row[c] = o[c * kPanel + lane];
-    const auto divisor = hn::Set(d, sum[lane]);
-    for (int c = 0; c < d_v; c += kPart) {
-      store_part<kType>(hn::Div(hn::Load(d, row + c), divisor),
-                        out + lane * stride + c * kElementSize<kType>);
-    }
-  }
 }
 
 template <DType kType>
