@@ -28,6 +28,7 @@ find_package(TBB 2021.8 CONFIG QUIET)
 if(NOT TBB_FOUND)
   message(STATUS "oneTBB not found (Debian: libtbb-dev; PyPI: tbb-devel): fetching 2021.13.0")
   flexprefill_fetched_option(TBB_TEST OFF)
+  flexprefill_fetched_option(TBB_STRICT OFF)  # its warnings are not errors here
   FetchContent_Declare(tbb URL
     https://github.com/oneapi-src/oneTBB/archive/refs/tags/v2021.13.0.tar.gz)
   FetchContent_MakeAvailable(tbb)
