@@ -66,8 +66,10 @@ HWY_INLINE hn::Vec<Part> load_part(const std::byte* p) {
 template <class D, class V = hn::Vec<D>>
 HWY_INLINE V exp2(D d, V x) {
   const hn::RebindToUnsigned<D> d32;
-  // Beyond -127 the scale below is 0. Max keeps a NaN in its second operand (x86) or in any (NEON).
-  const V clamped = hn::Max(hn::Set(d, -127.0f), x);
+  // Beyond -127 the scale below is 0. A NaN stays: x86's maximum returns its second operand then;
+  // NEON's would return the number.
+  const V least = hn::Set(d, -127.0f);
+  const V clamped = HWY_ARCH_X86 ? hn::Max(least, x) : hn::IfThenElse(hn::Lt(x, least), least, x);
   // Adding 1.5 * 2^23 + 127 leaves round(x) + 127, the exponent of 2^round(x), in the low bits.
   const V magic = hn::Set(d, 12582912.0f + 127.0f);
   const V shifted = hn::Add(clamped, magic);
