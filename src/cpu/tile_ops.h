@@ -42,9 +42,11 @@ struct TileOps {
   // The online softmax of one panel over n more keys. s becomes p = exp2(scale * s - max), with
   // `scale` above 0 and scale * s in units of log2; a key that a lane does not see has s = -inf.
   // max and sum are [panel], o is [d_v, panel]; where max grows, sum and o are rescaled.
-  // They begin as kNoMax, 0 and 0. A NaN, or a score of +inf, makes the lane's sum NaN.
+  // They begin as kNoMax, 0 and 0. A NaN, or a score of +inf, makes the lane's sum NaN. A table may
+  // leave max up to kMaxLag below the greatest scale * s, which spares most of the rescaling.
   void (*weigh)(float* s, int n, float scale, int d_v, float* max, float* sum, float* o);
   static constexpr float kNoMax = -0x1.fffffep127f;
+  static constexpr float kMaxLag = 8;
 
   // Values, as the operand of `accumulate`; as for keys. Keys n .. up to the next multiple of
   // key_step must be loaded too (as zeros).

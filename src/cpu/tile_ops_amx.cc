@@ -2,10 +2,13 @@
 // B [16 pairs, 16], fp32. The rest of the table is kAvx512Bf16's. Two by two tiles of C:
 //   scores      A = keys from their bf16 rows, B = packed queries, C = S^T [key, lane]
 //   accumulate  A = V^T [c, key], B = weights in pairs, C = O^T [c, lane]
-// V is transposed once a task and block, 16 keys at a time, by the dwords of its row pairs. (The
-// other way round, P V with P transposed, costs the same and would need O in another form.)
+// V is transposed once a task and block, 32 keys by 8 columns at a time. (The other way round, P V
+// with P transposed, costs the same and would need O in another form.) The softmax takes its
+// exponential apart with AVX-512's vreduceps and vscalefps.
 // The tiles are configured and released by each operation: a thread may run other users of them
-// in between.
+// in between. That takes 0.1 us, hence the wide panel. Figures: docs/notes.md.
+#include <cstring>
+
 #include "cpu/tile_ops_tables.h"
 #include "hwy/base.h"
 
@@ -24,12 +27,14 @@ HWY_PUSH_ATTRIBUTES("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-
 namespace flexprefill {
 namespace {
 
-using bf16_pairs::kPanel;
+using bf16_pairs::kLanes;
 
+constexpr int kPanel = 64;
 constexpr int kTile = 16;                    // rows of a tile; dwords of its rows
 constexpr int kTileKeys = 2 * kTile;         // keys of a row of pairs
+constexpr int64_t kTileBytes = 4 * kTile;    // of a row of a tile
 constexpr int64_t kPanelBytes = 4 * kPanel;  // between the rows of s, p, o and packed_q
-static_assert(kPanel == 2 * kTile);
+static_assert(kPanel % (2 * kTile) == 0 && kTile == kLanes);
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -48,9 +53,9 @@ void fence() { asm volatile("" ::: "memory"); }
 // the next pairs 64 bytes on. b: first row of B in a panel.
 template <bool kTwoRows>
 HWY_INLINE void multiply(const std::byte* a, int64_t a_stride, const std::byte* b, int n_steps) {
-  for (int k = 0; k < n_steps; ++k, a += 64, b += kTile * kPanelBytes) {
+  for (int k = 0; k < n_steps; ++k, a += kTileBytes, b += kTile * kPanelBytes) {
     _tile_loadd(6, b, kPanelBytes);
-    _tile_loadd(7, b + 64, kPanelBytes);
+    _tile_loadd(7, b + kTileBytes, kPanelBytes);
     _tile_loadd(4, a, a_stride);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
@@ -64,18 +69,18 @@ HWY_INLINE void multiply(const std::byte* a, int64_t a_stride, const std::byte* 
 
 void load_c(const std::byte* c) {
   _tile_loadd(0, c, kPanelBytes);
-  _tile_loadd(1, c + 64, kPanelBytes);
+  _tile_loadd(1, c + kTileBytes, kPanelBytes);
   _tile_loadd(2, c + kTile * kPanelBytes, kPanelBytes);
-  _tile_loadd(3, c + kTile * kPanelBytes + 64, kPanelBytes);
+  _tile_loadd(3, c + kTile * kPanelBytes + kTileBytes, kPanelBytes);
 }
 
 template <bool kTwoRows>
 HWY_INLINE void store_c(std::byte* c) {
   _tile_stored(0, c, kPanelBytes);
-  _tile_stored(1, c + 64, kPanelBytes);
+  _tile_stored(1, c + kTileBytes, kPanelBytes);
   if constexpr (kTwoRows) {
     _tile_stored(2, c + kTile * kPanelBytes, kPanelBytes);
-    _tile_stored(3, c + kTile * kPanelBytes + 64, kPanelBytes);
+    _tile_stored(3, c + kTile * kPanelBytes + kTileBytes, kPanelBytes);
   }
 }
 
@@ -93,17 +98,21 @@ HWY_INLINE void score_rows(const std::byte* keys, int64_t key_bytes, const std::
 void scores(const void* packed_q, const void* keys, int first, int n, int d, float* s) {
   fence();
   _tile_loadconfig(&kConfig);
-  const int64_t key_bytes = sizeof(uint32_t) * bf16_pairs::key_stride(d);
+  const int64_t key_bytes = sizeof(uint32_t) * bf16_pairs::padded_pairs(d);
   const int n_steps = bf16_pairs::padded_pairs(d) / kTile;
   const auto* q = static_cast<const std::byte*>(packed_q);
   const auto* k = static_cast<const std::byte*>(keys);
   auto* out = reinterpret_cast<std::byte*>(s);
   int key = first;
   for (; key + kTile < first + n; key += 2 * kTile) {
-    score_rows<true>(k + key * key_bytes, key_bytes, q, n_steps, out + key * kPanelBytes);
+    for (int64_t lanes = 0; lanes < kPanelBytes; lanes += 2 * kTileBytes) {
+      score_rows<true>(k + key * key_bytes, key_bytes, q + lanes, n_steps,
+                       out + key * kPanelBytes + lanes);
+    }
   }
-  if (key < first + n) {
-    score_rows<false>(k + key * key_bytes, key_bytes, q, n_steps, out + key * kPanelBytes);
+  for (int64_t lanes = 0; lanes < kPanelBytes && key < first + n; lanes += 2 * kTileBytes) {
+    score_rows<false>(k + key * key_bytes, key_bytes, q + lanes, n_steps,
+                      out + key * kPanelBytes + lanes);
   }
   _tile_release();
   fence();
@@ -111,92 +120,158 @@ void scores(const void* packed_q, const void* keys, int first, int n, int d, flo
 
 // ---- V^T ----------------------------------------------------------------------------------------
 
-// Rows c = 0 .. output_rows(d_v) - 1 of kMaxKeys bf16 and a cache line, an odd number of lines.
-constexpr int64_t kValueBytes = 2 * TileOps::kMaxKeys + 64;
+constexpr int64_t kValueBytes = 2 * TileOps::kMaxKeys;  // of a row, one column of V
 
 size_t value_bytes(int d_v) { return kValueBytes * TileOps::output_rows(d_v); }
 
-// Transposes a 16 x 16 matrix of dwords.
-HWY_INLINE void transpose(__m512i (&m)[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 8; ++i) {  // rows 2i, 2i + 1
-    t[2 * i] = _mm512_unpacklo_epi32(m[2 * i], m[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(m[2 * i], m[2 * i + 1]);
+// Eight columns from `column` on of 8 * kParts keys: the 128-bit lanes of vector i hold those of
+// the keys i, 8 + i, 16 + i, 24 + i, and are transposed each for itself.
+template <int kParts>
+HWY_INLINE void transpose_keys(const std::byte* column, int64_t stride, std::byte* to) {
+  const auto part = [&](int key) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(column + key * stride));
+  };
+  __m512i m[8], t[8];
+  for (int i = 0; i < 8; ++i) {
+    m[i] = _mm512_castsi128_si512(part(i));
+    if constexpr (kParts == 4) {
+      m[i] = _mm512_mask_broadcast_i32x4(m[i], 0x00f0, part(8 + i));
+      m[i] = _mm512_mask_broadcast_i32x4(m[i], 0x0f00, part(16 + i));
+      m[i] = _mm512_mask_broadcast_i32x4(m[i], 0xf000, part(24 + i));
+    }
   }
-  for (int i = 0; i < 4; ++i) {  // m[4i + k], 128-bit lane l: rows 4i .. 4i + 3 of column 4l + k
-    m[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    m[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    m[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    m[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  for (int i = 0; i < 4; ++i) {  // t[i]: keys 2i, 2i + 1 of columns 0 to 3; t[4 + i]: of 4 to 7
+    t[i] = _mm512_unpacklo_epi16(m[2 * i], m[2 * i + 1]);
+    t[4 + i] = _mm512_unpackhi_epi16(m[2 * i], m[2 * i + 1]);
   }
-  for (int k = 0; k < 4; ++k) {  // gather the 128-bit lanes of columns k, 4 + k, 8 + k, 12 + k
-    const __m512i even_low = _mm512_shuffle_i32x4(m[k], m[4 + k], 0x88);
-    const __m512i odd_low = _mm512_shuffle_i32x4(m[k], m[4 + k], 0xdd);
-    const __m512i even_high = _mm512_shuffle_i32x4(m[8 + k], m[12 + k], 0x88);
-    const __m512i odd_high = _mm512_shuffle_i32x4(m[8 + k], m[12 + k], 0xdd);
-    t[k] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
-    t[4 + k] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
-    t[8 + k] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
-    t[12 + k] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
+  for (int i = 0; i < 4; ++i) {  // m[2i], m[2i + 1]: columns 2i, 2i + 1 of keys 0 to 3 and 4 to 7
+    const __m512i* from = t + i / 2 * 4;
+    m[2 * i] = i % 2 == 0 ? _mm512_unpacklo_epi32(from[0], from[1])
+                          : _mm512_unpackhi_epi32(from[0], from[1]);
+    m[2 * i + 1] = i % 2 == 0 ? _mm512_unpacklo_epi32(from[2], from[3])
+                              : _mm512_unpackhi_epi32(from[2], from[3]);
   }
-  for (int i = 0; i < 16; ++i) m[i] = t[i];
-}
-
-// Sixteen keys, 32 columns from c on (of which `n_columns` exist): the dwords of eight row pairs of
-// the first and of the last 16 columns are the rows of one transposition.
-HWY_INLINE void transpose_keys(const std::byte* rows, int64_t stride, int c, int n_columns,
-                               std::byte* to) {
-  const auto mask = static_cast<__mmask32>(n_columns >= 32 ? ~0u : (1u << n_columns) - 1);
-  __m512i m[16];
-  for (int j = 0; j < 8; ++j) {
-    const std::byte* row = rows + 2 * j * stride + 2 * c;
-    const __m512i first = _mm512_maskz_loadu_epi16(mask, row);
-    const __m512i second = _mm512_maskz_loadu_epi16(mask, row + stride);
-    const auto pairs = [&](__m256i low, __m256i high) {
-      return _mm512_or_si512(_mm512_cvtepu16_epi32(low),
-                             _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-    };
-    m[j] = pairs(_mm512_castsi512_si256(first), _mm512_castsi512_si256(second));
-    m[8 + j] = pairs(_mm512_extracti64x4_epi64(first, 1), _mm512_extracti64x4_epi64(second, 1));
-  }
-  transpose(m);
-  for (int i = 0; i < 16; ++i) {
-    _mm256_store_si256(reinterpret_cast<__m256i*>(to + (c + i) * kValueBytes),
-                       _mm512_castsi512_si256(m[i]));
-    _mm256_store_si256(reinterpret_cast<__m256i*>(to + (c + 16 + i) * kValueBytes),
-                       _mm512_extracti64x4_epi64(m[i], 1));
-  }
-}
-
-void load_values(const std::byte* rows, int64_t stride, int n, int at, int d_v, void* values) {
-  auto* to = static_cast<std::byte*>(values);
-  for (int i = 0; i < n;) {
-    const std::byte* row = rows + i * stride;
-    std::byte* column = to + 2 * (at + i);
-    if ((at + i) % 16 == 0 && i + 16 <= n) {
-      for (int c = 0; c < d_v; c += 32) transpose_keys(row, stride, c, d_v - c, column);
-      i += 16;
+  for (int i = 0; i < 8; ++i) {
+    const __m512i keys =
+        i % 2 == 0 ? _mm512_unpacklo_epi64(m[i], m[i + 1]) : _mm512_unpackhi_epi64(m[i - 1], m[i]);
+    if constexpr (kParts == 4) {
+      _mm512_store_si512(to + i * kValueBytes, keys);
     } else {
-      for (int c = 0; c < d_v; ++c) std::memcpy(column + c * kValueBytes, row + 2 * c, 2);
-      ++i;
+      _mm_store_si128(reinterpret_cast<__m128i*>(to + i * kValueBytes),
+                      _mm512_castsi512_si128(keys));
     }
   }
 }
 
+void load_values(const std::byte* rows, int64_t stride, int n, int at, int d_v, void* values) {
+  auto* to = static_cast<std::byte*>(values) + 2 * at;
+  const int end = at + n;
+  while (at < end) {
+    int step = 1;
+    if (at % 32 == 0 && at + 32 <= end) {
+      step = 32;
+      for (int c = 0; c < d_v; c += 8) {
+        transpose_keys<4>(rows + 2 * c, stride, to + c * kValueBytes);
+      }
+    } else if (at % 8 == 0 && at + 8 <= end) {
+      step = 8;
+      for (int c = 0; c < d_v; c += 8) {
+        transpose_keys<1>(rows + 2 * c, stride, to + c * kValueBytes);
+      }
+    } else {
+      for (int c = 0; c < d_v; ++c) std::memcpy(to + c * kValueBytes, rows + 2 * c, 2);
+    }
+    at += step;
+    rows += step * stride;
+    to += 2 * step;
+  }
+}
+
 void accumulate(float* p, const void* values, int n, int d_v, float* o) {
-  bf16_pairs::round_to_pairs(p, n);
+  bf16_pairs::round_to_pairs<kPanel>(p, n);
   fence();
   _tile_loadconfig(&kConfig);
   const auto* v = static_cast<const std::byte*>(values);
   const auto* pairs = reinterpret_cast<const std::byte*>(p);
   auto* out = reinterpret_cast<std::byte*>(o);
   for (int c = 0; c < d_v; c += 2 * kTile) {
-    load_c(out + c * kPanelBytes);
-    multiply<true>(v + c * kValueBytes, kValueBytes, pairs, n / kTileKeys);
-    store_c<true>(out + c * kPanelBytes);
+    for (int64_t lanes = 0; lanes < kPanelBytes; lanes += 2 * kTileBytes) {
+      load_c(out + c * kPanelBytes + lanes);
+      multiply<true>(v + c * kValueBytes, kValueBytes, pairs + lanes, n / kTileKeys);
+      store_c<true>(out + c * kPanelBytes + lanes);
+    }
   }
   _tile_release();
   fence();
+}
+
+// ---- Softmax ------------------------------------------------------------------------------------
+
+// 2^x for x <= 0 (up to rounding), relative error 1.5e-7; 0 below -126, without the cost of
+// subnormal results. A NaN stays a NaN.
+HWY_INLINE __m512 exp2(__m512 x) {
+  const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126), _CMP_NLT_UQ);
+  const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x)
+  __m512 poly = _mm512_set1_ps(0.0018671302f);
+  poly = _mm512_fmadd_ps(poly, f, _mm512_set1_ps(0.0090170298f));
+  poly = _mm512_fmadd_ps(poly, f, _mm512_set1_ps(0.0557999127f));
+  poly = _mm512_fmadd_ps(poly, f, _mm512_set1_ps(0.2401644439f));
+  poly = _mm512_fmadd_ps(poly, f, _mm512_set1_ps(0.6931512952f));
+  poly = _mm512_fmadd_ps(poly, f, _mm512_set1_ps(1));
+  return _mm512_maskz_scalef_ps(normal, poly, x);  // poly * 2^floor(x)
+}
+
+void weigh(float* HWY_RESTRICT s, int n, float scale, int d_v, float* HWY_RESTRICT max,
+           float* HWY_RESTRICT sum, float* HWY_RESTRICT o) {
+  constexpr int kVectors = kPanel / kLanes;
+  const __m512 vscale = _mm512_set1_ps(scale);
+  __m512 top[kVectors], other[kVectors], total[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    top[v] = _mm512_load_ps(s + v * kLanes);
+    other[v] = _mm512_load_ps(s + kPanel + v * kLanes);
+    total[v] = _mm512_load_ps(sum + v * kLanes);
+  }
+  for (int key = 2; key < n; key += 2) {
+    for (int v = 0; v < kVectors; ++v) {
+      const float* element = s + key * kPanel + v * kLanes;
+      top[v] = _mm512_max_ps(top[v], _mm512_load_ps(element));
+      other[v] = _mm512_max_ps(other[v], _mm512_load_ps(element + kPanel));
+    }
+  }
+  __m512 old_max[kVectors];
+  int grew = 0;  // by more than kMaxLag, in any lane
+  for (int v = 0; v < kVectors; ++v) {
+    // The second operand is the result where one is a NaN.
+    old_max[v] = _mm512_load_ps(max + v * kLanes);
+    top[v] = _mm512_max_ps(_mm512_mul_ps(_mm512_max_ps(top[v], other[v]), vscale), old_max[v]);
+    const __m512 limit = _mm512_add_ps(old_max[v], _mm512_set1_ps(TileOps::kMaxLag));
+    grew |= _mm512_cmp_ps_mask(top[v], limit, _CMP_GT_OQ);
+  }
+  if (grew != 0) {
+    __m512 factor[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      factor[v] = exp2(_mm512_sub_ps(old_max[v], top[v]));
+      total[v] = _mm512_mul_ps(total[v], factor[v]);
+      _mm512_store_ps(max + v * kLanes, top[v]);
+    }
+    for (int c = 0; c < d_v; ++c) {
+      for (int v = 0; v < kVectors; ++v) {
+        float* element = o + c * kPanel + v * kLanes;
+        _mm512_store_ps(element, _mm512_mul_ps(_mm512_load_ps(element), factor[v]));
+      }
+    }
+  } else {
+    for (int v = 0; v < kVectors; ++v) top[v] = old_max[v];
+  }
+  for (int key = 0; key < n; ++key) {
+    for (int v = 0; v < kVectors; ++v) {
+      float* element = s + key * kPanel + v * kLanes;
+      const __m512 p = exp2(_mm512_fmsub_ps(_mm512_load_ps(element), vscale, top[v]));
+      total[v] = _mm512_add_ps(total[v], p);
+      _mm512_store_ps(element, p);
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) _mm512_store_ps(sum + v * kLanes, total[v]);
 }
 
 }  // namespace
@@ -211,11 +286,16 @@ const TileOps* amx_tile_ops(DType dtype) {
   static const TileOps table = [base] {
     TileOps ops = *base;
     ops.target = CpuTarget::kAmxBf16;
+    ops.panel = kPanel;
     ops.key_step = kTileKeys;
+    ops.packed_q_bytes = bf16_pairs::packed_q_bytes<kPanel>;
+    ops.pack_q = bf16_pairs::pack_q<kPanel>;
     ops.scores = scores;
+    ops.weigh = weigh;
     ops.value_bytes = value_bytes;
     ops.load_values = load_values;
     ops.accumulate = accumulate;
+    ops.store = bf16_pairs::store<kPanel>;
     return ops;
   }();
   return &table;

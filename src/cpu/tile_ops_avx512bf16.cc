@@ -3,6 +3,10 @@
 //   scores      rows = keys, straight from their bf16 rows
 //   accumulate  rows = columns of V, whose rows 2j and 2j + 1 are interleaved; weights are rounded
 //               to bf16 (their sum is not)
+// On a Xeon vdpbf16ps issues every other cycle, where two fp32 products issue in each: kAvx512 is
+// faster there (docs/notes.md).
+#include <cstring>
+
 #include "cpu/tile_ops_tables.h"
 #include "hwy/base.h"
 
@@ -21,9 +25,9 @@ HWY_PUSH_ATTRIBUTES("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 namespace flexprefill {
 namespace {
 
-using bf16_pairs::kPanel;
+using bf16_pairs::kLanes;
 
-constexpr int kLanes = 16;
+constexpr int kPanel = 32;  // as kAvx512's table
 constexpr int kVectors = kPanel / kLanes;
 // 24 accumulators of 32 registers; 4 more rows are the rest of any multiple of 4.
 constexpr int kRows = 12;
@@ -73,7 +77,7 @@ HWY_INLINE void product(const uint32_t* a, ptrdiff_t row_step, ptrdiff_t k_step,
 }
 
 void scores(const void* packed_q, const void* keys, int first, int n, int d, float* s) {
-  const int stride = bf16_pairs::key_stride(d);
+  const int stride = bf16_pairs::padded_pairs(d);
   product<false>(static_cast<const uint32_t*>(keys) + static_cast<ptrdiff_t>(first) * stride,
                  stride, 1, static_cast<const uint32_t*>(packed_q), d / 2, (n + 3) / 4 * 4,
                  s + first * kPanel);
@@ -107,7 +111,7 @@ void load_values(const std::byte* rows, int64_t stride, int n, int at, int d_v, 
 }
 
 void accumulate(float* p, const void* values, int n, int d_v, float* o) {
-  bf16_pairs::round_to_pairs(p, n);
+  bf16_pairs::round_to_pairs<kPanel>(p, n);
   product<true>(static_cast<const uint32_t*>(values), 1, value_stride(d_v),
                 reinterpret_cast<const uint32_t*>(p), n / 2, d_v, o);
 }
@@ -124,14 +128,15 @@ const TileOps* avx512bf16_tile_ops(DType dtype) {
   static const TileOps table = [base] {
     TileOps ops = *base;
     ops.target = CpuTarget::kAvx512Bf16;
-    ops.packed_q_bytes = bf16_pairs::packed_q_bytes;
-    ops.pack_q = bf16_pairs::pack_q;
+    ops.packed_q_bytes = bf16_pairs::packed_q_bytes<kPanel>;
+    ops.pack_q = bf16_pairs::pack_q<kPanel>;
     ops.key_bytes = bf16_pairs::key_bytes;
     ops.load_keys = bf16_pairs::load_keys;
     ops.scores = scores;
     ops.value_bytes = value_bytes;
     ops.load_values = load_values;
     ops.accumulate = accumulate;
+    ops.store = bf16_pairs::store<kPanel>;
     return ops;
   }();
   return &table;
