@@ -27,7 +27,8 @@ def origin(report: dict[str, Any]) -> str:
     return (
         f"Measured on {report['date'][:10]} at commit {report['commit']}: {machine['cpu']} "
         f"({', '.join(machine['cpu_features'])}), {machine['threads']} threads, CPU target "
-        f"{machine['cpu_targets'][0]}, torch {versions['torch']}; `{report['command']}`."
+        f"{machine['cpu_targets'][0]}, torch {versions['torch']}, load average before "
+        f"{machine['load_average']:.1f}; `{report['command']}`."
     )
 
 

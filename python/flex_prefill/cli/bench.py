@@ -92,6 +92,7 @@ def run(args: argparse.Namespace) -> None:
     if args.plot is not None:
         require("matplotlib", "plot")
     torch = load_torch(args.threads)
+    description = run_description(torch, args.command_line)  # before there is load of our own
     # "auto" may name a dtype that was asked for as well.
     dtypes = dict.fromkeys(choose_dtype(torch, name)[0] for name in args.dtype)
     combinations = [
@@ -111,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
         with torch.inference_mode():
             cases.append(_measure(torch, args, kind, dtype, d, n, peers, rates.get(dtype)))
     report = {
-        **run_description(torch, args.command_line),
+        **description,
         "settings": {
             "heads": args.heads,
             "kv_heads": args.kv_heads,

@@ -279,6 +279,7 @@ def run_description(torch: Any, command_line: str) -> dict[str, Any]:
             "system": platform.system(),
             "cpu_targets": info["cpu_targets"],
             "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+            "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         },
         "versions": {
             "flex_prefill": info["version"],

@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> None:
     cfg = pattern_config(args)
     folder = find_model(args.model)
     torch = load_torch(args.threads, "transformers")
+    description = run_description(torch, args.command_line)  # before there is load of our own
     require("transformers", "transformers")
     require("rich", "transformers")
     dtype, reason = choose_dtype(torch, args.dtype)
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
         runs = _run_both(torch, model, tokenizer, prompt, args, cfg)
     own, sparse = runs
     report = {
-        **run_description(torch, args.command_line),
+        **description,
         "model": {"folder": str(folder), "parameters": model.num_parameters()},
         "dtype": str(dtype).removeprefix("torch."),
         "pattern": {"name": args.pattern, **cfg},
