@@ -62,7 +62,7 @@ bool little_work(const flexprefill_input& input) {
     work *= std::max<int64_t>(input.q.shape[i], 1);
     if (work > kMostWork) return false;
   }
-  int64_t keys = 1;
+  __int128 keys = 1;
   if ((input.page_table != nullptr || input.k.rank == 4) && input.k.shape[1] > 0) {
     keys = input.k.shape[1];
   }
@@ -134,7 +134,8 @@ void run(Script& script, const std::vector<uint8_t>& out_memory) {
   std::vector<uint8_t> workspace(is_short ? bytes / 2 : bytes, 0xff);
   int64_t audit_count = 0;
   if (script.flags & kWithAudit) {
-    const int64_t b = input.q.rank == 4 ? input.q.shape[0] : input.cu_seqlens_q_count - 1;
+    const int64_t b =
+        input.q.rank == 4 ? input.q.shape[0] : std::max<int64_t>(input.cu_seqlens_q_count, 1) - 1;
     const int64_t h_q = input.q.shape[input.q.rank == 4 ? 2 : 1];
     audit_count =
         std::clamp<int64_t>(b, 0, kInts) * std::clamp<int64_t>(h_q, 0, 4096) + script.audit_change;
