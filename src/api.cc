@@ -19,7 +19,7 @@ void check_execution(const Execution& execution) {
 
 TokenWindow token_window(const Pattern& pattern) {
   if (const auto* streaming = std::get_if<StreamingLlm>(&pattern)) {
-    return {streaming->global_window, streaming->local_window};
+    return TokenWindow::of(streaming->global_window, streaming->local_window);
   }
   return {};
 }
@@ -76,7 +76,7 @@ void attend(const AttentionInput& input, const BlockIndex* index, const Executio
   if (index != nullptr) {
     validate_index(problem, *index);
     rows.csr = index;
-    rows.window = {index->global_window, index->local_window};
+    rows.window = TokenWindow::of(index->global_window, index->local_window);
   }
   Arena arena(workspace);
   backend_api(execution.backend).attend(problem, rows, execution, arena);

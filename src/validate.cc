@@ -129,12 +129,18 @@ void check_paged(const AttentionInput& input, const TensorView& k, int64_t b) {
     refuse("seqlens_kv: expected [b] = [" + std::to_string(b) + "] lengths, got " +
            std::to_string(input.seqlens_kv.size()));
   }
-  if (input.page_table_stride < input.max_pages) {
+  if (input.max_pages < 1) {
+    refuse("max_pages: expected at least 1, got " + std::to_string(input.max_pages));
+  }
+  if (input.page_table_stride < input.max_pages ||
+      input.page_table_stride > std::numeric_limits<int64_t>::max() / std::max<int64_t>(b, 1)) {
     refuse("page_table: expected a row stride of at least max_pages = " +
-           std::to_string(input.max_pages) + ", got " + std::to_string(input.page_table_stride));
+           std::to_string(input.max_pages) + " that reaches less than 2^63 entries, got " +
+           std::to_string(input.page_table_stride));
   }
   for (int64_t s = 0; s < b; ++s) {
-    const int64_t pages = (static_cast<int64_t>(input.seqlens_kv[s]) + page_size - 1) / page_size;
+    const int64_t length = std::max<int64_t>(input.seqlens_kv[s], 0);
+    const int64_t pages = length / page_size + (length % page_size != 0);
     if (pages > input.max_pages) {
       refuse("seqlens_kv: expected at most max_pages * page_size = " +
              std::to_string(input.max_pages * page_size) + " keys, got " +

@@ -186,7 +186,10 @@ TEST_P(AttendOn, RowsWithoutBlocksGiveZeroAndMinusInfinity) {
 }
 
 TEST_P(AttendOn, TokenWindowIsExact) {
-  for (const auto& [global, local] : {std::pair{10, 70}, {0, 1}, {64, 128}, {1, 299}}) {
+  constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+  using Windows = std::pair<int64_t, int64_t>;  // global, local
+  for (const auto& [global, local] :
+       {Windows{10, 70}, {0, 1}, {64, 128}, {1, 299}, {3, kMost}, {kMost, kMost}}) {
     CaseData data(small_case(DType::kBFloat16));
     BlockIndex index = dense_block_index(data.lengths, data.c.h_q, data.c.block_size);
     index.global_window = global;

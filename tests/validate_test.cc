@@ -130,6 +130,21 @@ std::vector<BadInput> bad_inputs() {
        "page_table: expected pages from 0 to", Layout::kPaged},
       {"page_table_short", [](CaseData& d) { d.input.max_pages = 2; },
        "seqlens_kv: expected at most max_pages * page_size", Layout::kPaged},
+      {"page_table_negative",
+       [](CaseData& d) {
+         d.input.max_pages = d.input.page_table_stride = std::numeric_limits<int64_t>::min() / 2;
+       },
+       "max_pages: expected at least 1, got -", Layout::kPaged},
+      {"page_table_stride",
+       [](CaseData& d) { d.input.page_table_stride = std::numeric_limits<int64_t>::max(); },
+       "page_table: expected a row stride of at least max_pages", Layout::kPaged},
+      {"page_size_huge",
+       [](CaseData& d) {
+         d.input.k.shape[1] = d.input.v.shape[1] = std::numeric_limits<int64_t>::max() - 15;
+         d.input.k.strides[1] = d.input.v.strides[1] = 0;
+         d.input.seqlens_kv = {};
+       },
+       "seqlens_kv: expected [b] = [2] lengths, got 0", Layout::kPaged},
       {"page_lengths", [](CaseData& d) { d.input.seqlens_kv = {}; },
        "seqlens_kv: expected [b] = [2] lengths, got 0", Layout::kPaged},
       {"page_size", [](CaseData& d) { d.input.k.shape[1] = d.input.v.shape[1] = 40; },

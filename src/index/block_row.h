@@ -2,6 +2,7 @@
 #ifndef FLEXPREFILL_SRC_INDEX_BLOCK_ROW_H_
 #define FLEXPREFILL_SRC_INDEX_BLOCK_ROW_H_
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 #include <vector>
@@ -40,6 +41,11 @@ struct TokenWindow {
   int64_t global_window = 0;
   int64_t local_window = 0;
 
+  // Windows of any int64, cut to the longest sequence so that positions can be added to them.
+  static TokenWindow of(int64_t global_window, int64_t local_window) {
+    constexpr int64_t kMostKeys = int64_t{1} << 31;
+    return {std::min(global_window, kMostKeys), std::min(local_window, kMostKeys)};
+  }
   bool active() const { return global_window > 0 || local_window > 0; }
   bool sees(int64_t query_position, int64_t key) const {
     return key <= query_position &&
