@@ -20,9 +20,16 @@ namespace flexprefill {
 
 enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
-// Which implementation computes. kAuto takes the fastest that the machine has; kReference is the
-// double-precision specification, slow on purpose.
-enum class Backend : int32_t { kAuto = 0, kReference = 1, kCpu = 2 };
+// Which implementation computes. kReference is the double-precision specification, slow on purpose.
+// The first three compute on host memory, the others on device memory.
+enum class Backend : int32_t {
+  kAuto = 0,  // kCpu
+  kReference = 1,
+  kCpu = 2,
+  kCuda = 3,  // the fastest of the following for the current device
+  kSm80 = 4,  // compute capability 8.0 and up: mma.sync and cp.async
+  kSm90 = 5,  // compute capability 9.0: wgmma and TMA; a call that TMA cannot address runs as kSm80
+};
 
 // Instruction set of the CPU backend. kAuto takes the best that the processor has.
 enum class CpuTarget : int32_t {
@@ -94,7 +101,8 @@ struct AttentionInput {
 struct Execution {
   Backend backend = Backend::kAuto;
   CpuTarget cpu_target = CpuTarget::kAuto;
-  int32_t num_threads = 0;  // 0: as many as the process may use
+  int32_t num_threads = 0;  // of the CPU backend; 0: as many as the process may use
+  void* stream = nullptr;   // of the CUDA backends: a cudaStream_t of the current device
 };
 
 // Caller's scratch memory, any alignment. Sizes come from the *_workspace_size functions, which
