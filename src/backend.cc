@@ -13,6 +13,10 @@ const BackendApi& backend_api(Backend backend) {
     case Backend::kAuto:
     case Backend::kCpu:
       return kCpuApi;
+    case Backend::kCuda:
+    case Backend::kSm80:
+    case Backend::kSm90:
+      throw Error(ErrorCode::kUnsupported, "backend: this build has no CUDA backend");
   }
   throw Error(ErrorCode::kUnsupported, "backend: expected auto, reference or cpu, got number " +
                                            std::to_string(static_cast<int32_t>(backend)));
