@@ -1,0 +1,128 @@
+// Online softmax in registers, for kernels whose warps hold scores in the layout of mma.m16n8 and
+// wgmma results: a thread has two rows, s[4 g + e] is an element of row e / 2, and the four threads
+// of a quad share their rows.
+#ifndef FLEXPREFILL_SRC_ATTEND_SOFTMAX_CUH_
+#define FLEXPREFILL_SRC_ATTEND_SOFTMAX_CUH_
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/launch.cuh"
+
+namespace flexprefill {
+
+// Reduces over the quad; every thread gets the result.
+template <typename Reduce>
+__device__ inline float quad_reduce(float x, Reduce reduce) {
+  x = reduce(x, __shfl_xor_sync(0xffffffff, x, 1));
+  return reduce(x, __shfl_xor_sync(0xffffffff, x, 2));
+}
+
+// Weights are 2^(scale_log2 * score - offset). The offset follows the largest score only where that
+// moved by more than kLag in the exponent: weights up to 2^kLag harm no precision, and most tiles
+// then leave the accumulators alone.
+struct OnlineSoftmax {
+  static constexpr float kLag = 8;
+
+  float max[2];  // the score behind the offset; -inf: none yet
+  float sum[2];  // of this thread's weights; of the row after finish()
+
+  __device__ void reset() {
+    max[0] = max[1] = -INFINITY;
+    sum[0] = sum[1] = 0;
+  }
+
+  // Turns scores, -inf where masked, into weights. True: what was accumulated so far must be
+  // multiplied by rescale[row]; the same for all threads of a warp. scale_log2 > 0. A NaN or +inf
+  // score makes its row's sum NaN, as in exact attention.
+  template <int kN>
+  __device__ bool weigh(float (&s)[kN], float scale_log2, float (&rescale)[2]) {
+    float largest[2][2] = {{-INFINITY, -INFINITY}, {-INFINITY, -INFINITY}};
+#pragma unroll
+    for (int i = 0; i < kN; ++i) {
+      float& row = largest[i / 2 % 2][i % 2];
+      row = fmaxf(row, s[i]);
+    }
+    bool grows[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      largest[r][0] = quad_reduce(fmaxf(largest[r][0], largest[r][1]),
+                                  [](float a, float b) { return fmaxf(a, b); });
+      grows[r] = (largest[r][0] - max[r]) * scale_log2 > kLag;
+    }
+    const bool any = __any_sync(0xffffffff, grows[0] || grows[1]) != 0;
+    if (any) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        rescale[r] = grows[r] ? exp2_approx((max[r] - largest[r][0]) * scale_log2) : 1.0f;
+        if (grows[r]) max[r] = largest[r][0];
+        sum[r] *= rescale[r];
+      }
+    }
+    const float offset[2] = {this->offset(0, scale_log2), this->offset(1, scale_log2)};
+#pragma unroll
+    for (int i = 0; i < kN; ++i) {
+      s[i] = exp2_approx(fmaf(s[i], scale_log2, -offset[i / 2 % 2]));
+      sum[i / 2 % 2] += s[i];
+    }
+    return any;
+  }
+
+  // Sums over the quads.
+  __device__ void finish() {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      sum[r] = quad_reduce(sum[r], [](float a, float b) { return a + b; });
+    }
+  }
+
+  // Natural log of the sum of exp(scale * score); after finish().
+  __device__ float lse(int r, float scale_log2) const {
+    constexpr float kLn2 = 0.693147180559945309f;
+    return max[r] * scale_log2 * kLn2 + logf(sum[r]);
+  }
+
+ private:
+  // Where every score was -inf there is nothing to subtract.
+  __device__ float offset(int r, float scale_log2) const {
+    return max[r] == -INFINITY ? 0.0f : max[r] * scale_log2;
+  }
+};
+
+// Two floats rounded to the element type, the first in the low half.
+template <typename Element>
+__device__ inline uint32_t pack_pair(float low, float high) {
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  } else {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+}
+
+// Element `high` (0 or 1) of a pair.
+template <typename Element>
+__device__ inline float unpack(uint32_t pair, int high) {
+  const auto bits = static_cast<uint16_t>(pair >> (16 * high));
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+    return __uint_as_float(static_cast<uint32_t>(bits) << 16);
+  } else {
+    return __half2float(__ushort_as_half(bits));
+  }
+}
+
+// Whether one of the two elements is NaN or infinite: all bits of an exponent set.
+template <typename Element>
+__device__ inline bool any_not_finite(uint32_t pair) {
+  constexpr uint32_t kExponents = std::is_same_v<Element, __nv_bfloat16> ? 0x7f807f80 : 0x7c007c00;
+  constexpr uint32_t kLowest = std::is_same_v<Element, __nv_bfloat16> ? 0x00800080 : 0x04000400;
+  return (((pair & kExponents) + kLowest) & 0x80008000) != 0;
+}
+
+}  // namespace flexprefill
+
+#endif  // FLEXPREFILL_SRC_ATTEND_SOFTMAX_CUH_
