@@ -1,6 +1,6 @@
 # The warnings that every target of the project is compiled with.
 function(flexprefill_warnings target)
-  target_compile_options(${target} PRIVATE -Wall -Wextra
+  target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:C,CXX>:-Wall;-Wextra>
     "$<$<COMPILE_LANGUAGE:CXX>:-Wshadow;-Wno-missing-field-initializers>"
     $<$<COMPILE_LANGUAGE:C>:-Wpedantic>
     $<$<BOOL:${FLEXPREFILL_WERROR}>:-Werror>)

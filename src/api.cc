@@ -3,7 +3,9 @@
 #include <memory>
 #include <string>
 #include <variant>
+#include <vector>
 
+#include "attend/dense_rule.h"
 #include "backend.h"
 #include "flexprefill/flexprefill.h"
 
@@ -25,25 +27,65 @@ TokenWindow token_window(const Pattern& pattern) {
 }
 
 // Each stage as one function for both the size query (a counting arena) and the call.
-BlockBits run_select(const Problem& problem, const Pattern& pattern, const Execution& execution,
-                     Arena& arena, std::span<HeadAudit> audit) {
+BlockBits lay_out_bits(const Problem& problem, Arena& arena) {
   BlockBits bits = BlockBits::layout(problem);
   bits.words = arena.take<uint64_t>(bits.word_count());
-  backend_api(execution.backend).select(problem, pattern, execution, arena, bits, audit);
+  return bits;
+}
+
+BlockBits run_select(const Problem& problem, const Pattern& pattern, const Execution& execution,
+                     Arena& arena, std::span<HeadAudit> audit) {
+  const BackendApi& backend = backend_api(execution.backend);
+  const BlockBits bits = lay_out_bits(problem, arena);
+  backend.select(problem, pattern, execution, arena, bits, audit);
   return bits;
 }
 
 void run_prefill(const Problem& problem, const Pattern& pattern, const Execution& execution,
                  Arena& arena, std::span<HeadAudit> audit) {
   const BackendApi& backend = backend_api(execution.backend);
-  if (std::holds_alternative<Dense>(pattern)) {
+  const bool dense = backend.on_device != nullptr
+                         ? std::holds_alternative<Dense>(pattern)
+                         : prefill_is_dense(dense_rule(execution.backend), problem, pattern);
+  if (dense) {
     if (!arena.counting()) std::fill(audit.begin(), audit.end(), HeadAudit{});
     backend.attend(problem, BlockRows{}, execution, arena);
     return;
   }
-  const BlockBits bits = run_select(problem, pattern, execution, arena, audit);
+  const BlockBits bits = lay_out_bits(problem, arena);
   const BlockRows rows{.csr = nullptr, .bits = &bits, .window = token_window(pattern)};
+  if (backend.on_device != nullptr) {
+    backend.on_device->prefill(problem, pattern, rows, execution, arena, audit);
+    return;
+  }
+  backend.select(problem, pattern, execution, arena, bits, audit);
   backend.attend(problem, rows, execution, arena);
+}
+
+const BackendApi::OnDevice& device_api(const Execution& execution, const char* function) {
+  if (!is_cuda(execution.backend)) {
+    throw Error(ErrorCode::kUnsupported,
+                std::string(function) + ": expected a CUDA backend (cuda, sm80 or sm90)");
+  }
+  return *backend_api(execution.backend).on_device;
+}
+
+int64_t most_indices(const Problem& problem) {
+  int64_t most = 0;
+  for (const BlockGrid& grid : problem.grids) most += problem.h_q * causal_blocks(grid);
+  return most;
+}
+
+void check_device_index(const Problem& problem, const DeviceBlockIndex& index) {
+  const int64_t most = most_indices(problem);
+  if (index.indptr == nullptr || (index.indices == nullptr && most > 0)) {
+    throw Error(ErrorCode::kInvalidArgument,
+                "index: expected indptr and indices in device memory, got nullptr");
+  }
+  if (index.capacity < 0) {
+    throw Error(ErrorCode::kInvalidArgument,
+                "index: expected a capacity of at least 0, got " + std::to_string(index.capacity));
+  }
 }
 
 }  // namespace
@@ -52,10 +94,15 @@ void select(const AttentionInput& input, const Pattern& pattern, const Execution
             Workspace workspace, BlockIndex& index, std::span<HeadAudit> audit) {
   check_execution(execution);
   validate_pattern(pattern);
-  const Problem problem = make_problem(input, Purpose::kSelect);
+  const Problem problem = make_problem(input, Purpose::kSelect, execution.backend);
   validate_audit(problem, audit);
   Arena arena(workspace);
-  const BlockBits bits = run_select(problem, pattern, execution, arena, audit);
+  BlockBits bits = run_select(problem, pattern, execution, arena, audit);
+  std::vector<uint64_t> words;
+  if (const auto* on_device = backend_api(execution.backend).on_device) {
+    words = on_device->read_bits(bits, execution);
+    bits.words = words.data();
+  }
   index = to_block_index(problem, bits, token_window(pattern));
 }
 
@@ -64,14 +111,15 @@ size_t select_workspace_size(const AttentionInput& input, const Pattern& pattern
   check_execution(execution);
   validate_pattern(pattern);
   Arena arena;
-  run_select(make_problem(input, Purpose::kSelectSize), pattern, execution, arena, {});
+  run_select(make_problem(input, Purpose::kSelectSize, execution.backend), pattern, execution,
+             arena, {});
   return arena.bytes();
 }
 
 void attend(const AttentionInput& input, const BlockIndex* index, const Execution& execution,
             Workspace workspace, const TensorView& out, const TensorView& lse) {
   check_execution(execution);
-  const Problem problem = make_problem(input, Purpose::kAttend, &out, &lse);
+  const Problem problem = make_problem(input, Purpose::kAttend, execution.backend, &out, &lse);
   BlockRows rows;
   if (index != nullptr) {
     validate_index(problem, *index);
@@ -85,8 +133,10 @@ void attend(const AttentionInput& input, const BlockIndex* index, const Executio
 size_t attend_workspace_size(const AttentionInput& input, const Execution& execution) {
   check_execution(execution);
   Arena arena;
+  const BlockIndex any;
   backend_api(execution.backend)
-      .attend(make_problem(input, Purpose::kAttendSize), BlockRows{}, execution, arena);
+      .attend(make_problem(input, Purpose::kAttendSize, execution.backend), BlockRows{.csr = &any},
+              execution, arena);
   return arena.bytes();
 }
 
@@ -95,7 +145,7 @@ void prefill(const AttentionInput& input, const Pattern& pattern, const Executio
              std::span<HeadAudit> audit) {
   check_execution(execution);
   validate_pattern(pattern);
-  const Problem problem = make_problem(input, Purpose::kAttend, &out, &lse);
+  const Problem problem = make_problem(input, Purpose::kAttend, execution.backend, &out, &lse);
   validate_audit(problem, audit);
   Arena arena(workspace);
   run_prefill(problem, pattern, execution, arena, audit);
@@ -106,7 +156,66 @@ size_t prefill_workspace_size(const AttentionInput& input, const Pattern& patter
   check_execution(execution);
   validate_pattern(pattern);
   Arena arena;
-  run_prefill(make_problem(input, Purpose::kAttendSize), pattern, execution, arena, {});
+  run_prefill(make_problem(input, Purpose::kAttendSize, execution.backend), pattern, execution,
+              arena, {});
+  return arena.bytes();
+}
+
+int64_t device_block_index_rows(const AttentionInput& input) {
+  return make_problem(input, Purpose::kSelectSize, Backend::kCuda).first_row.back();
+}
+
+int64_t device_block_index_capacity(const AttentionInput& input) {
+  return most_indices(make_problem(input, Purpose::kSelectSize, Backend::kCuda));
+}
+
+void select_on_device(const AttentionInput& input, const Pattern& pattern,
+                      const Execution& execution, Workspace workspace, DeviceBlockIndex& index,
+                      HeadAudit* audit) {
+  const BackendApi::OnDevice& backend = device_api(execution, "select_on_device");
+  validate_pattern(pattern);
+  const Problem problem = make_problem(input, Purpose::kSelect, execution.backend);
+  check_device_index(problem, index);
+  if (const int64_t most = most_indices(problem); index.capacity < most) {
+    throw Error(ErrorCode::kInvalidArgument,
+                "index: expected a capacity of at least device_block_index_capacity = " +
+                    std::to_string(most) + " indices, got " + std::to_string(index.capacity));
+  }
+  Arena arena(workspace);
+  backend.select_on_device(problem, pattern, execution, arena, index, audit);
+  const TokenWindow window = token_window(pattern);
+  index.global_window = window.global_window;
+  index.local_window = window.local_window;
+}
+
+size_t select_on_device_workspace_size(const AttentionInput& input, const Pattern& pattern,
+                                       const Execution& execution) {
+  const BackendApi::OnDevice& backend = device_api(execution, "select_on_device");
+  validate_pattern(pattern);
+  Arena arena;
+  backend.select_on_device(make_problem(input, Purpose::kSelectSize, execution.backend), pattern,
+                           execution, arena, {}, nullptr);
+  return arena.bytes();
+}
+
+void attend_on_device(const AttentionInput& input, const DeviceBlockIndex& index,
+                      const Execution& execution, Workspace workspace, const TensorView& out,
+                      const TensorView& lse) {
+  const BackendApi::OnDevice& backend = device_api(execution, "attend_on_device");
+  const Problem problem = make_problem(input, Purpose::kAttend, execution.backend, &out, &lse);
+  check_device_index(problem, index);
+  if (index.global_window < 0 || index.local_window < 0) {
+    throw Error(ErrorCode::kInvalidArgument, "index: expected windows of at least 0 tokens");
+  }
+  Arena arena(workspace);
+  backend.attend_on_device(problem, index, execution, arena);
+}
+
+size_t attend_on_device_workspace_size(const AttentionInput& input, const Execution& execution) {
+  const BackendApi::OnDevice& backend = device_api(execution, "attend_on_device");
+  Arena arena;
+  backend.attend_on_device(make_problem(input, Purpose::kAttendSize, execution.backend), {},
+                           execution, arena);
   return arena.bytes();
 }
 

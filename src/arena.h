@@ -23,6 +23,8 @@ class Arena {
   }
 
   bool counting() const { return counting_; }
+  // The caller's memory; nullptr when counting.
+  const void* base() const { return base_; }
   // Bytes a workspace of any alignment must have for what was taken.
   size_t bytes() const { return used_ == 0 ? 0 : used_ + kAlignment; }
 

@@ -16,10 +16,16 @@ const BackendApi& backend_api(Backend backend) {
     case Backend::kCuda:
     case Backend::kSm80:
     case Backend::kSm90:
-      throw Error(ErrorCode::kUnsupported, "backend: this build has no CUDA backend");
+#if defined(FLEXPREFILL_WITH_CUDA)
+      return cuda_backend_api();
+#else
+      throw Error(ErrorCode::kUnsupported,
+                  "backend: this build has no CUDA backend; build with FLEXPREFILL_CUDA=ON");
+#endif
   }
-  throw Error(ErrorCode::kUnsupported, "backend: expected auto, reference or cpu, got number " +
-                                           std::to_string(static_cast<int32_t>(backend)));
+  throw Error(ErrorCode::kUnsupported,
+              "backend: expected auto, reference, cpu, cuda, sm80 or sm90, got number " +
+                  std::to_string(static_cast<int32_t>(backend)));
 }
 
 }  // namespace flexprefill

@@ -80,14 +80,19 @@ struct Problem {
 size_t element_size(DType dtype);
 const char* dtype_name(DType dtype);
 
+// Whether a backend's tensors and workspace are device memory.
+inline bool is_cuda(Backend backend) {
+  return backend == Backend::kCuda || backend == Backend::kSm80 || backend == Backend::kSm90;
+}
+
 // What a problem is made for. Size queries need no data pointers (but the page table); select
 // needs no v.
 enum class Purpose { kSelect, kAttend, kSelectSize, kAttendSize };
 
-// Checks everything that can be checked on the host and lays the call out. `out` is given for
-// kAttend, `lse` if wanted.
-Problem make_problem(const AttentionInput& input, Purpose purpose, const TensorView* out = nullptr,
-                     const TensorView* lse = nullptr);
+// Checks everything that can be checked on the host and lays the call out; looks at no device
+// memory. `out` is given for kAttend, `lse` if wanted.
+Problem make_problem(const AttentionInput& input, Purpose purpose, Backend backend,
+                     const TensorView* out = nullptr, const TensorView* lse = nullptr);
 void validate_pattern(const Pattern& pattern);
 void validate_audit(const Problem& problem, std::span<HeadAudit> audit);
 // The index must be of this problem's lengths, heads and block size, and well formed.

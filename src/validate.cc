@@ -120,7 +120,7 @@ std::vector<int64_t> check_cu_seqlens(std::span<const int32_t> cu, const char* n
   return {cu.begin(), cu.end()};
 }
 
-void check_paged(const AttentionInput& input, const TensorView& k, int64_t b) {
+void check_paged(const AttentionInput& input, const TensorView& k, int64_t b, bool on_device) {
   const int64_t page_size = k.shape[1];
   if (page_size < 16 || page_size % 16 != 0) {
     refuse("k: expected pages of a multiple of 16 rows, got " + std::to_string(page_size));
@@ -146,7 +146,7 @@ void check_paged(const AttentionInput& input, const TensorView& k, int64_t b) {
              std::to_string(input.max_pages * page_size) + " keys, got " +
              std::to_string(input.seqlens_kv[s]) + " in sequence " + std::to_string(s));
     }
-    for (int64_t p = 0; p < pages; ++p) {
+    for (int64_t p = 0; p < pages && !on_device; ++p) {
       const int32_t page = input.page_table[s * input.page_table_stride + p];
       if (page < 0 || page >= k.shape[0]) {
         refuse("page_table: expected pages from 0 to " + std::to_string(k.shape[0] - 1) + ", got " +
@@ -157,7 +157,7 @@ void check_paged(const AttentionInput& input, const TensorView& k, int64_t b) {
 }
 
 // Lengths of every sequence, and where packed rows start.
-void lay_out_sequences(const AttentionInput& input, Problem& problem) {
+void lay_out_sequences(const AttentionInput& input, Problem& problem, bool on_device) {
   const bool packed_q = problem.q_view.rank == 3;
   const bool paged = input.page_table != nullptr;
   if (packed_q) {
@@ -172,7 +172,7 @@ void lay_out_sequences(const AttentionInput& input, Problem& problem) {
     if (!input.cu_seqlens_kv.empty()) {
       refuse("cu_seqlens_kv: expected none with a page_table (lengths are seqlens_kv)");
     }
-    check_paged(input, k, b);
+    check_paged(input, k, b, on_device);
   } else if (packed_q) {
     problem.kv_start = check_cu_seqlens(input.cu_seqlens_kv, "cu_seqlens_kv", k.shape[0]);
     if (problem.kv_start.size() != problem.q_start.size()) {
@@ -293,8 +293,9 @@ TensorView contiguous_view(void* data, DType dtype, std::span<const int64_t> sha
   return view;
 }
 
-Problem make_problem(const AttentionInput& input, Purpose purpose, const TensorView* out,
-                     const TensorView* lse) {
+Problem make_problem(const AttentionInput& input, Purpose purpose, Backend backend,
+                     const TensorView* out, const TensorView* lse) {
+  const bool on_device = is_cuda(backend);
   const bool needs_data = purpose == Purpose::kSelect || purpose == Purpose::kAttend;
   const bool needs_v = purpose == Purpose::kAttend || purpose == Purpose::kAttendSize;
   Problem problem;
@@ -304,6 +305,10 @@ Problem make_problem(const AttentionInput& input, Purpose purpose, const TensorV
   problem.gqa_interleave = input.gqa_interleave;
   check_dtype(input.q.dtype);
   problem.dtype = input.q.dtype;
+  if (on_device && problem.dtype == DType::kFloat32) {
+    throw Error(ErrorCode::kUnsupported,
+                "q: the CUDA backends take element type float16 or bfloat16, got float32");
+  }
   if (input.block_size != 32 && input.block_size != 64 && input.block_size != 128) {
     refuse("block_size: expected 32, 64 or 128, got " + std::to_string(input.block_size));
   }
@@ -352,7 +357,7 @@ Problem make_problem(const AttentionInput& input, Purpose purpose, const TensorV
   }
   problem.page_table = input.page_table;
   problem.page_table_stride = input.page_table_stride;
-  lay_out_sequences(input, problem);
+  lay_out_sequences(input, problem, on_device);
 
   problem.first_row.assign(1, 0);
   for (const SequenceLengths& lengths : problem.lengths) {

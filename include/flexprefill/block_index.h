@@ -52,6 +52,23 @@ struct FLEXPREFILL_API BlockIndex {
   static BlockIndex deserialize(std::span<const char> bytes);
 };
 
+// A BlockIndex in the memory of a CUDA device: the same rows and the same CSR arrays, for
+// select_on_device and attend_on_device, which never wait for the device. Borrowed: the caller owns
+// the memory. Lengths, heads and block size are those of the input it is used with.
+struct DeviceBlockIndex {
+  int64_t* indptr = nullptr;   // [device_block_index_rows + 1]
+  int32_t* indices = nullptr;  // [capacity]
+  int64_t capacity = 0;        // select_on_device needs device_block_index_capacity
+  int64_t global_window = 0;   // as in BlockIndex
+  int64_t local_window = 0;
+};
+// Rows of the index of an input: sum over sequences of h_q * n_q. Both look at shapes and lengths
+// of q and k alone. The element type must be one of a CUDA call's.
+FLEXPREFILL_API int64_t device_block_index_rows(const AttentionInput& input);
+// The worst case of an index: every causal block of every head. With 32 heads, 128k tokens and
+// blocks of 128 that is 16.8 million indices, 67 MB: 4 % of q, k and v (d 128, 8 K/V heads).
+FLEXPREFILL_API int64_t device_block_index_capacity(const AttentionInput& input);
+
 // The index that keeps every causal block.
 FLEXPREFILL_API BlockIndex dense_block_index(std::span<const SequenceLengths> sequences,
                                              int32_t h_q, int32_t block_size);

@@ -18,7 +18,9 @@
 namespace flexprefill {
 
 // select and attend in one call; the index stays in the workspace as one bit a block.
-// out, lse, audit: as in attend and select.
+// out, lse, audit: as in attend and select. On a CUDA backend it waits for nothing and can be
+// captured in a CUDA graph, unless an audit is asked for: then it waits for the stream.
+// Where selecting cannot pay (every sequence is one that select leaves dense), nothing is selected.
 FLEXPREFILL_API void prefill(const AttentionInput& input, const Pattern& pattern,
                              const Execution& execution, Workspace workspace, const TensorView& out,
                              const TensorView& lse = {}, std::span<HeadAudit> audit = {});

@@ -60,12 +60,24 @@ struct HeadAudit {
 // Patterns with a probe leave two things dense: a sequence with s_q <= B, or with
 // s_kv <= max(2B, ceil(min_budget / B) * B); and a head whose probe meets a NaN (its output then
 // has NaN where dense attention has it). input.v is not looked at. Throws Error before anything is
-// written. Allocates only `index`.
+// written. Allocates only `index`; on a CUDA backend also host memory for a bit per block, and it
+// waits for the stream: it cannot be captured in a CUDA graph.
 FLEXPREFILL_API void select(const AttentionInput& input, const Pattern& pattern,
                             const Execution& execution, Workspace workspace, BlockIndex& index,
                             std::span<HeadAudit> audit = {});
 FLEXPREFILL_API size_t select_workspace_size(const AttentionInput& input, const Pattern& pattern,
                                              const Execution& execution);
+
+// The same on a CUDA backend with an index that stays on the device: enqueues everything on the
+// stream, waits for nothing, allocates nothing, and can be captured in a CUDA graph. Writes
+// index.indptr, index.indices and the windows; the arrays are there once the stream has come to
+// them. `audit` is nullptr or device memory [b * h_q].
+FLEXPREFILL_API void select_on_device(const AttentionInput& input, const Pattern& pattern,
+                                      const Execution& execution, Workspace workspace,
+                                      DeviceBlockIndex& index, HeadAudit* audit = nullptr);
+FLEXPREFILL_API size_t select_on_device_workspace_size(const AttentionInput& input,
+                                                       const Pattern& pattern,
+                                                       const Execution& execution);
 
 }  // namespace flexprefill
 

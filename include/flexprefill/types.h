@@ -21,7 +21,7 @@ namespace flexprefill {
 enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 // Which implementation computes. kReference is the double-precision specification, slow on purpose.
-// The first three compute on host memory, the others on device memory.
+// The first three compute on host memory, the others on device memory (float16 and bfloat16).
 enum class Backend : int32_t {
   kAuto = 0,  // kCpu
   kReference = 1,
@@ -77,12 +77,15 @@ FLEXPREFILL_API TensorView contiguous_view(void* data, DType dtype, std::span<co
 //
 //   layout   q                     k, v                                  lengths
 //   batch    [b, s_q, h_q, d_qk]   [b, s_kv, h_kv, d_qk | d_v]           from the shapes
-//   packed   [t_q, h_q, d_qk]      [t_kv, h_kv, d_qk | d_v]              cu_seqlens_q,
-//   cu_seqlens_kv paged    batch or packed q     [pages, page_size, h_kv, d_qk | d_v]  page_table,
-//   seqlens_kv
+//   packed   [t_q, h_q, d_qk]      [t_kv, h_kv, d_qk | d_v]              cu_seqlens_q, _kv
+//   paged    batch or packed q     [pages, page_size, h_kv, d_qk | d_v]  page_table, seqlens_kv
 //
 // h_q is a multiple of h_kv; d_qk and d_v are multiples of 8 from 16 to 256; q, k, v share one
 // element type. Strides are free but for the contiguous last dimension; k and v may interleave.
+//
+// In a call of a CUDA backend q, k, v, all outputs, the workspace and page_table are memory of the
+// current device; cu_seqlens_q, cu_seqlens_kv and seqlens_kv are host memory always, read before
+// the call returns. The host does not see the entries of a page_table there: they are not checked.
 struct AttentionInput {
   TensorView q, k, v;
   std::span<const int32_t> cu_seqlens_q;   // [b + 1], packed q: starts of the sequences in t_q

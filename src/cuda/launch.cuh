@@ -6,17 +6,10 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <string>
 
-#include "flexprefill/types.h"
+#include "cuda/cuda_check.h"
 
 namespace flexprefill {
-
-inline void cuda_check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  throw Error(ErrorCode::kInternal, std::string(what) + ": CUDA error " + cudaGetErrorName(error) +
-                                        ": " + cudaGetErrorString(error));
-}
 
 // The kernel's dynamic shared memory; all shared memory of our kernels is dynamic.
 __device__ inline std::byte* shared_memory() {

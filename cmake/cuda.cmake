@@ -1,0 +1,65 @@
+# The CUDA backends: whether to build them, from what, and for which cards.
+set(FLEXPREFILL_CUDA AUTO CACHE STRING "Build the CUDA backends: ON, OFF, or AUTO: where nvcc is")
+set_property(CACHE FLEXPREFILL_CUDA PROPERTY STRINGS AUTO ON OFF)
+
+# Every card from compute capability 8.0 on; the PTX is for cards that came later.
+set(flexprefill_cuda_architectures 80-real 86-real 89 90a-real)
+set(flexprefill_cuda_sources src/cuda/device_index.cu src/cuda/device_problem.cu)
+set(flexprefill_cuda_definitions "")
+# What needs wgmma and TMA.
+set(flexprefill_sm90_architectures 90a-real)
+set(flexprefill_sm90_sources "")
+foreach(part select/select_cuda attend/attend_sm80)
+  if(EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/src/${part}.cu)
+    list(APPEND flexprefill_cuda_sources src/${part}.cu)
+    get_filename_component(name ${part} NAME)
+    string(TOUPPER FLEXPREFILL_HAS_${name} name)
+    list(APPEND flexprefill_cuda_definitions ${name})
+  endif()
+endforeach()
+if(EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/src/attend/attend_sm90.cu)
+  list(APPEND flexprefill_sm90_sources src/attend/attend_sm90.cu)
+  list(APPEND flexprefill_cuda_definitions FLEXPREFILL_HAS_ATTEND_SM90)
+endif()
+
+# As on the host, a product and a sum of select round separately; where they may be fused, it says
+# fmaf.
+set_source_files_properties(src/select/select_cuda.cu PROPERTIES COMPILE_OPTIONS -fmad=false)
+
+set(flexprefill_with_cuda OFF)
+if(NOT FLEXPREFILL_CUDA STREQUAL "OFF")
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    if(NOT CMAKE_CUDA_ARCHITECTURES)
+      set(CMAKE_CUDA_ARCHITECTURES 80-real)  # each target sets its own
+    endif()
+    enable_language(CUDA)
+    if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake 3.25 does not know that of a newer nvcc
+      set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
+    endif()
+    find_package(CUDAToolkit REQUIRED)
+    set(flexprefill_with_cuda ON)
+    message(STATUS "CUDA backends: built with nvcc ${CMAKE_CUDA_COMPILER_VERSION}")
+  elseif(FLEXPREFILL_CUDA STREQUAL "AUTO")
+    message(STATUS "CUDA backends: not built, no nvcc found (FLEXPREFILL_CUDA=AUTO)")
+  else()
+    message(FATAL_ERROR "FLEXPREFILL_CUDA=ON: no CUDA compiler found; set CUDACXX to nvcc's path")
+  endif()
+else()
+  message(STATUS "CUDA backends: not built (FLEXPREFILL_CUDA=OFF)")
+endif()
+
+# An object library of .cu files, its kernels without spills and local memory.
+function(flexprefill_cuda_objects target architectures)
+  add_library(${target} OBJECT ${ARGN})
+  set_target_properties(${target} PROPERTIES
+    POSITION_INDEPENDENT_CODE ON
+    CUDA_ARCHITECTURES "${architectures}"
+    CUDA_VISIBILITY_PRESET hidden)
+  target_include_directories(${target} PRIVATE include src)
+  target_compile_options(${target} PRIVATE --expt-relaxed-constexpr
+    -Xptxas=--warn-on-spills,--warn-on-local-memory-usage
+    -Xcompiler=-Wall,-Wextra,-Wno-missing-field-initializers,-ffp-contract=off
+    "$<$<BOOL:${FLEXPREFILL_WERROR}>:SHELL:-Xptxas=-Werror -Werror=all-warnings>")
+endfunction()
