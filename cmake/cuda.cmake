@@ -1,6 +1,8 @@
 # The CUDA backends: whether to build them, from what, and for which cards.
 set(FLEXPREFILL_CUDA AUTO CACHE STRING "Build the CUDA backends: ON, OFF, or AUTO: where nvcc is")
 set_property(CACHE FLEXPREFILL_CUDA PROPERTY STRINGS AUTO ON OFF)
+option(FLEXPREFILL_CUDA_EMULATOR
+  "Build the CUDA backends for a device in software (tests/cuda_emulator), to test them" OFF)
 
 # Every card from compute capability 8.0 on; the PTX is for cards that came later.
 set(flexprefill_cuda_architectures 80-real 86-real 89 90a-real)
@@ -27,7 +29,12 @@ endif()
 set_source_files_properties(src/select/select_cuda.cu PROPERTIES COMPILE_OPTIONS -fmad=false)
 
 set(flexprefill_with_cuda OFF)
-if(NOT FLEXPREFILL_CUDA STREQUAL "OFF")
+set(flexprefill_cudart CUDA::cudart_static)
+if(FLEXPREFILL_CUDA_EMULATOR)
+  set(flexprefill_with_cuda ON)
+  set(flexprefill_cudart flexprefill_cuda_emulator)
+  message(STATUS "CUDA backends: built for the emulator; for tests only")
+elseif(NOT FLEXPREFILL_CUDA STREQUAL "OFF")
   include(CheckLanguage)
   check_language(CUDA)
   if(CMAKE_CUDA_COMPILER)
@@ -53,6 +60,12 @@ endif()
 # An object library of .cu files, its kernels without spills and local memory.
 function(flexprefill_cuda_objects target architectures)
   add_library(${target} OBJECT ${ARGN})
+  if(FLEXPREFILL_CUDA_EMULATOR)
+    set_target_properties(${target} PROPERTIES
+      POSITION_INDEPENDENT_CODE ON CXX_VISIBILITY_PRESET hidden)
+    flexprefill_emulate(${target} ${ARGN})
+    return()
+  endif()
   set_target_properties(${target} PROPERTIES
     POSITION_INDEPENDENT_CODE ON
     CUDA_ARCHITECTURES "${architectures}"

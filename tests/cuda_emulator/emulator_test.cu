@@ -1,0 +1,310 @@
+// The emulator itself: instructions against plain products, and mistakes that it must find.
+#include <gtest/gtest.h>
+
+#include <bit>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cuda/launch.cuh"
+#include "cuda/sm80.cuh"
+#include "cuda/sm90.cuh"
+
+namespace flexprefill {
+namespace {
+
+constexpr uint32_t kAll = 0xffffffffu;
+
+// Memory of the device with a copy on the host.
+template <typename T>
+class DeviceArray {
+ public:
+  explicit DeviceArray(size_t size) : host(size) {
+    cuda_check(cudaMalloc(reinterpret_cast<void**>(&data_), size * sizeof(T)), "cudaMalloc");
+  }
+  ~DeviceArray() { EXPECT_EQ(cudaFree(data_), cudaSuccess); }
+  DeviceArray(const DeviceArray&) = delete;
+  DeviceArray& operator=(const DeviceArray&) = delete;
+
+  T* upload() {
+    cuda_check(cudaMemcpy(data_, host.data(), bytes(), cudaMemcpyHostToDevice), "upload");
+    return data_;
+  }
+  const std::vector<T>& download() {
+    cuda_check(cudaMemcpy(host.data(), data_, bytes(), cudaMemcpyDeviceToHost), "download");
+    return host;
+  }
+  T* data() { return data_; }
+
+  std::vector<T> host;
+
+ private:
+  size_t bytes() const { return host.size() * sizeof(T); }
+  T* data_ = nullptr;
+};
+
+template <typename T>
+void fill_random(std::vector<T>& values, uint32_t seed) {
+  std::mt19937 random(seed);
+  std::uniform_real_distribution<float> uniform(-1.0F, 1.0F);
+  for (T& value : values) value = T(uniform(random));
+}
+
+template <typename Call>
+std::string error_of(Call call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "no error";
+}
+
+#define EXPECT_FAILS(call, text)                                 \
+  do {                                                           \
+    const std::string message = error_of([&] { call; });         \
+    EXPECT_NE(message.find(text), std::string::npos) << message; \
+  } while (false)
+
+// With several orders of the threads.
+template <typename Call>
+void with_seeds(Call call) {
+  for (uint64_t seed = 1; seed <= 5; ++seed) {
+    SCOPED_TRACE(seed);
+    cuda_emulator::settings().seed = seed;
+    call();
+  }
+}
+
+// ---- Threads
+
+__global__ void block_sum(const int* values, int* sums) {
+  auto* sSums = reinterpret_cast<int*>(shared_memory());
+  int value = values[blockIdx.x * blockDim.x + threadIdx.x];
+  for (int delta = 16; delta > 0; delta /= 2) value += __shfl_xor_sync(kAll, value, delta);
+  if (threadIdx.x % 32 == 0) sSums[threadIdx.x / 32] = value;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int sum = 0;
+    for (unsigned w = 0; w < blockDim.x / 32; ++w) sum += sSums[w];
+    sums[blockIdx.x] = sum;
+    atomicAdd(sums + gridDim.x, sum);
+  }
+}
+
+TEST(Emulator, ThreadsMeet) {
+  with_seeds([] {
+    DeviceArray<int> values(3 * 256), sums(4);
+    for (size_t i = 0; i < values.host.size(); ++i) values.host[i] = static_cast<int>(i * i % 71);
+    launch(block_sum, 3, 256, 8 * sizeof(int), nullptr, values.upload(), sums.upload());
+    int total = 0;
+    for (int block = 0; block < 3; ++block) {
+      int sum = 0;
+      for (int i = 0; i < 256; ++i) sum += values.host[block * 256 + i];
+      EXPECT_EQ(sums.download()[block], sum);
+      total += sum;
+    }
+    EXPECT_EQ(sums.host[3], total);
+  });
+}
+
+__global__ void shuffles(uint32_t* results) {
+  const int lane = static_cast<int>(threadIdx.x);
+  uint32_t* mine = results + lane * 8;
+  mine[0] = __shfl_sync(kAll, lane, lane + 1, 8);
+  mine[1] = __shfl_up_sync(kAll, lane, 3);
+  mine[2] = __shfl_down_sync(kAll, lane, 2, 16);
+  mine[3] = __ballot_sync(kAll, lane % 3 == 0);
+  mine[4] = __match_any_sync(kAll, lane / 10);
+  mine[5] = __reduce_add_sync(kAll, static_cast<uint32_t>(lane));
+  if (lane < 4) mine[6] = __shfl_xor_sync(0xf, lane, 1);
+  mine[7] = static_cast<uint32_t>(__syncthreads_count(lane < 5));
+}
+
+TEST(Emulator, WarpInstructions) {
+  with_seeds([] {
+    DeviceArray<uint32_t> results(32 * 8);
+    launch(shuffles, 1, 32, 0, nullptr, results.data());
+    results.download();
+    for (uint32_t lane = 0; lane < 32; ++lane) {
+      const uint32_t* mine = &results.host[lane * 8];
+      EXPECT_EQ(mine[0], lane / 8 * 8 + (lane + 1) % 8);
+      EXPECT_EQ(mine[1], lane < 3 ? lane : lane - 3);
+      EXPECT_EQ(mine[2], lane % 16 + 2 < 16 ? lane + 2 : lane);
+      EXPECT_EQ(mine[3], 0x49249249U);
+      EXPECT_EQ(mine[4], lane < 10   ? 0x3ffU
+                         : lane < 20 ? 0xffc00U
+                         : lane < 30 ? 0x3ff00000U
+                                     : 0xc0000000U);
+      EXPECT_EQ(mine[5], 496U);
+      if (lane < 4) {
+        EXPECT_EQ(mine[6], lane ^ 1);
+      }
+      EXPECT_EQ(mine[7], 5U);
+    }
+  });
+}
+
+// ---- Mistakes
+
+__global__ void without_barrier(float* results) {
+  auto* sValues = reinterpret_cast<float*>(shared_memory());
+  sValues[threadIdx.x] = 1.0F;
+  results[threadIdx.x] = sValues[threadIdx.x ^ 32];
+}
+
+TEST(Emulator, MissingBarrierShows) {
+  with_seeds([] {
+    DeviceArray<float> results(64);
+    launch(without_barrier, 1, 64, 64 * sizeof(float), nullptr, results.data());
+    int wrong = 0;
+    for (const float value : results.download()) wrong += value == 1.0F ? 0 : 1;
+    EXPECT_GT(wrong, 0);
+  });
+}
+
+__global__ void half_at_the_barrier() {
+  if (threadIdx.x < 32) sm90::named_barrier_sync(1, 64);
+  __syncthreads();
+}
+__global__ void half_the_warp() {
+  if (threadIdx.x < 16) __shfl_sync(kAll, 1, 0);
+}
+__global__ void beyond_shared_memory() { shared_memory()[threadIdx.x] = std::byte{1}; }
+__global__ void divergent() {
+  if (threadIdx.x < 16) {
+    __ballot_sync(kAll, 1);
+  } else {
+    __syncwarp();
+  }
+}
+
+TEST(Emulator, MistakesAreNamed) {
+  EXPECT_FAILS(launch(half_at_the_barrier, 1, 64, 0, nullptr), "no thread can go on");
+  EXPECT_FAILS(launch(half_the_warp, 1, 32, 0, nullptr), "__shfl_sync");
+  EXPECT_FAILS(launch(beyond_shared_memory, 1, 64, 32, nullptr), "beyond its 32 bytes");
+  EXPECT_FAILS(launch(divergent, 1, 32, 0, nullptr), "different instructions");
+}
+
+__global__ void write_at(std::byte* data, int64_t offset) { data[offset] = std::byte{1}; }
+
+TEST(EmulatorDeathTest, MemoryIsGuarded) {
+  std::byte* data = nullptr;
+  ASSERT_EQ(cudaMalloc(reinterpret_cast<void**>(&data), 1000), cudaSuccess);
+  EXPECT_DEATH(data[0] = std::byte{1}, "the host accesses");
+  EXPECT_DEATH(launch(write_at, 1, 1, 0, nullptr, data, int64_t{5000}), "no memory of the device");
+  launch(write_at, 1, 1, 0, nullptr, data, int64_t{1001});
+  EXPECT_EQ(cudaFree(data), cudaErrorIllegalAddress);
+  EXPECT_EQ(cudaGetLastError(), cudaErrorIllegalAddress);
+}
+
+// ---- Streams
+
+__global__ void increment(int* value) { *value += 1; }
+
+TEST(Emulator, GraphsRunWhenLaunched) {
+  DeviceArray<int> value(1);
+  cudaStream_t stream = nullptr;
+  ASSERT_EQ(cudaStreamCreate(&stream), cudaSuccess);
+  ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), cudaSuccess);
+  ASSERT_EQ(cudaMemsetAsync(value.data(), 0, sizeof(int), stream), cudaSuccess);
+  launch(increment, 1, 1, 0, stream, value.data());
+  launch(increment, 1, 1, 0, stream, value.data());
+  EXPECT_EQ(cudaStreamSynchronize(stream), cudaErrorStreamCaptureUnsupported);
+  EXPECT_EQ(cudaGetLastError(), cudaErrorStreamCaptureUnsupported);
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t executable = nullptr;
+  ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
+  ASSERT_EQ(cudaGraphInstantiate(&executable, graph, 0), cudaSuccess);
+  for (int run = 0; run < 2; ++run) {
+    value.host[0] = 7;
+    value.upload();
+    ASSERT_EQ(cudaGraphLaunch(executable, stream), cudaSuccess);
+    EXPECT_EQ(value.download()[0], 2);
+  }
+  EXPECT_EQ(cudaGraphExecDestroy(executable), cudaSuccess);
+  EXPECT_EQ(cudaGraphDestroy(graph), cudaSuccess);
+  EXPECT_EQ(cudaStreamDestroy(stream), cudaSuccess);
+}
+
+// ---- Compute capability 8.0
+
+// d [16, 8] = a [16, 16] b, where b is stored as [8, 16], or as [16, 8] if kTransposed.
+template <typename T, bool kTransposed>
+__global__ void warp_product(const T* a, const T* b, float* d, int wait) {
+  const int lane = static_cast<int>(threadIdx.x);
+  auto* sA = reinterpret_cast<T*>(shared_memory());
+  T* sB = sA + 256;
+  cp_async<16>(shared_address(sA + lane * 8), a + lane * 8);
+  if (lane < 16) cp_async<16>(shared_address(sB + lane * 8), b + lane * 8);
+  cp_async_commit();
+  if (wait != 0) cp_async_wait<0>();
+  __syncwarp();
+  uint32_t rA[4], rB[2];
+  ldmatrix_x4(rA, shared_address(sA + lane % 16 * 16 + lane / 16 * 8));
+  if constexpr (kTransposed) {
+    ldmatrix_x2_trans(rB, shared_address(sB + lane % 16 * 8));
+  } else {
+    ldmatrix_x2(rB, shared_address(sB + lane % 8 * 16 + lane / 8 % 2 * 8));
+  }
+  float rD[4] = {};
+  mma_m16n8k16<T>(rD, rA, rB[0], rB[1]);
+  for (int i = 0; i < 4; ++i) {
+    d[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = rD[i];
+  }
+}
+
+template <typename T, bool kTransposed>
+void check_warp_product() {
+  DeviceArray<T> a(16 * 16), b(16 * 8);
+  DeviceArray<float> d(16 * 8);
+  fill_random(a.host, 1);
+  fill_random(b.host, 2);
+  launch(warp_product<T, kTransposed>, 1, 32, 1024, nullptr, a.upload(), b.upload(), d.data(), 1);
+  d.download();
+  for (int i = 0; i < 16; ++i) {
+    for (int j = 0; j < 8; ++j) {
+      float sum = 0;
+      for (int k = 0; k < 16; ++k) {
+        sum += float(a.host[i * 16 + k]) * float(b.host[kTransposed ? k * 8 + j : j * 16 + k]);
+      }
+      EXPECT_NEAR(d.host[i * 8 + j], sum, 1e-5F) << i << " " << j;
+    }
+  }
+  launch(warp_product<T, kTransposed>, 1, 32, 1024, nullptr, a.upload(), b.upload(), d.data(), 0);
+  for (const float value : d.download()) EXPECT_TRUE(std::isnan(value));
+}
+
+TEST(Emulator, WarpProduct) {
+  check_warp_product<__nv_bfloat16, false>();
+  check_warp_product<__nv_bfloat16, true>();
+  check_warp_product<__half, false>();
+  check_warp_product<__half, true>();
+}
+
+__global__ void copy_in_part(const std::byte* from, std::byte* to) {
+  cp_async<16>(shared_address(shared_memory()), from, 5);
+  cp_async_commit();
+  cp_async<8>(shared_address(shared_memory() + 16), from, 0);
+  cp_async_commit();
+  cp_async_wait<1>();
+  for (int i = 0; i < 24; ++i) to[i] = shared_memory()[i];
+}
+__global__ void copy_misaligned(const std::byte* from) {
+  cp_async<8>(shared_address(shared_memory()), from + 4);
+}
+
+TEST(Emulator, CopiesLandAtTheWait) {
+  DeviceArray<std::byte> from(16), to(24);
+  for (size_t i = 0; i < 16; ++i) from.host[i] = static_cast<std::byte>(i + 1);
+  launch(copy_in_part, 1, 1, 32, nullptr, from.upload(), to.data());
+  to.download();
+  for (size_t i = 0; i < 24; ++i) {
+    EXPECT_EQ(to.host[i], i < 5 ? from.host[i] : i < 16 ? std::byte{0} : std::byte{0xff}) << i;
+  }
+  EXPECT_FAILS(launch(copy_misaligned, 1, 1, 32, nullptr, from.data()), "cp.async of 8 bytes");
+}
+
+}  // namespace
+}  // namespace flexprefill

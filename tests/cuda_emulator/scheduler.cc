@@ -1,0 +1,579 @@
+// Fibers, meeting points and the shared memory of one thread block.
+#include <signal.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdio>
+#include <cstring>
+#include <mutex>
+#include <random>
+
+#include "cuda_emulator/emulator.h"
+#include "flexprefill/types.h"
+
+#if !defined(__x86_64__)
+#error "the emulator switches between threads in x86-64 assembly"
+#endif
+
+// Saves the callee's registers on the stack, leaves the stack pointer in *from and goes on at `to`.
+extern "C" void cuda_emulator_switch(void** from, void* to);
+asm(R"(
+.text
+.globl cuda_emulator_switch
+.hidden cuda_emulator_switch
+.type cuda_emulator_switch, @function
+cuda_emulator_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size cuda_emulator_switch, .-cuda_emulator_switch
+)");
+
+namespace cuda_emulator {
+
+Index3 thread_index, block_index, block_size, grid_size;
+
+namespace {
+
+constexpr size_t kStackBytes = 128 << 10;
+constexpr size_t kPage = 4096;
+constexpr int kMaxThreads = 1024;
+constexpr int kMaxWarps = kMaxThreads / 32;
+constexpr size_t kMaxSharedBytes = 227 << 10;  // of any device
+constexpr int kBarriers = 16;
+// Where shared memory starts in its 32-bit window: the device keeps the first KiB.
+constexpr uint32_t kSharedBase = 1024;
+// Behind the kernel's shared memory; a write there is found when the block ends.
+constexpr size_t kSharedGuard = 1024;
+
+struct Fiber {
+  void* stack_pointer = nullptr;
+  Index3 index;
+  const char* what = "start";  // it waits in
+  Where where;
+  std::function<bool()> condition;  // of wait_until
+  ThreadCopies copies;
+};
+
+struct Meeting {
+  const char* what;
+  Where where;
+  uint32_t mask;
+  int missing;
+  std::array<void*, 128> arguments;
+  std::array<bool, 128> arrived;
+};
+
+struct Warp {
+  uint32_t ready = 0;    // lanes that can go on
+  uint32_t polling = 0;  // lanes in wait_until
+  uint32_t exited = 0;
+  uint64_t priority = 0;
+  std::vector<Meeting> meetings;
+};
+
+struct Barrier {
+  unsigned expected = 0, arrived = 0;
+  int predicates = 0;  // of count_at_barrier
+  std::vector<int> waiting;
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  std::vector<std::unique_ptr<Meeting>> warpgroup_meetings;
+  std::vector<std::shared_ptr<WarpgroupProducts>> products;
+  std::array<Barrier, kBarriers> barriers;
+  std::vector<std::function<void()>> landing;
+  int live = 0;
+  int last_count = 0;  // of count_at_barrier
+};
+
+// Of `fail` outside of a thread.
+struct Failure {};
+
+// Everything of the one grid that runs.
+struct Device {
+  std::byte* stacks = nullptr;
+  std::byte* shared_region = nullptr;  // kSharedBytes and a guard page on both sides
+  std::byte* shared = nullptr;
+  std::vector<std::byte> async_view;  // shared memory as the asynchronous proxy sees it
+  size_t shared_bytes = 0;
+  Block block;
+  int current = 0;
+  void* scheduler_stack_pointer = nullptr;
+  const std::function<void()>* body = nullptr;
+  std::string error;
+  bool failed = false;
+  bool in_thread = false;  // not in the scheduler
+  std::mt19937_64 random;
+  bool running = false;
+};
+Device device;
+std::mutex one_grid;
+
+constexpr size_t kSharedRegion = (kMaxSharedBytes + 2 * kSharedGuard + kPage - 1) / kPage * kPage;
+
+std::byte* map_memory(size_t bytes) {
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  return static_cast<std::byte*>(memory);
+}
+
+std::string number3(Index3 index) {
+  return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
+         std::to_string(index.z) + ")";
+}
+
+std::string place(const char* what, Where where) {
+  const std::string file = where.file_name();
+  const size_t slash = file.rfind('/');
+  return std::string(what) + " (" + (slash == file.npos ? file : file.substr(slash + 1)) + ":" +
+         std::to_string(where.line()) + ")";
+}
+
+// A wild access ends the process: say which thread made it.
+void on_segmentation_fault(int, siginfo_t* info, void*) {
+  std::array<char, 512> text;
+  const int length =
+      device.running
+          ? std::snprintf(text.data(), text.size(),
+                          "CUDA emulator: block %s thread %s accesses %p, which is no memory of "
+                          "the device; it was last in %s\n",
+                          number3(block_index).c_str(), number3(thread_index).c_str(),
+                          info->si_addr,
+                          place(device.block.fibers[device.current].what,
+                                device.block.fibers[device.current].where)
+                              .c_str())
+          : std::snprintf(text.data(), text.size(),
+                          "CUDA emulator: the host accesses %p, which is memory of the device or "
+                          "none at all\n",
+                          info->si_addr);
+  if (write(2, text.data(), static_cast<size_t>(length)) < 0) _exit(1);
+  signal(SIGSEGV, SIG_DFL);
+}
+
+// Back to the scheduler; returns when this thread is to go on.
+void leave() {
+  cuda_emulator_switch(&device.block.fibers[device.current].stack_pointer,
+                       device.scheduler_stack_pointer);
+}
+
+void make_ready(int thread) { device.block.warps[thread / 32].ready |= 1u << (thread % 32); }
+
+void stand_at(const char* what, Where where) {
+  Fiber& fiber = device.block.fibers[device.current];
+  fiber.what = what;
+  fiber.where = where;
+}
+
+void release(Barrier& barrier) {
+  if (&barrier == device.block.barriers.data()) device.block.last_count = barrier.predicates;
+  for (const int thread : barrier.waiting) make_ready(thread);
+  barrier = {};
+}
+
+void release_meeting(Warp& warp, size_t number, int first_thread) {
+  for (int lane = 0; lane < 32; ++lane) {
+    if (warp.meetings[number].arrived[lane]) make_ready(first_thread + lane);
+  }
+  warp.meetings.erase(warp.meetings.begin() + static_cast<ptrdiff_t>(number));
+}
+
+[[noreturn]] void exit_thread() {
+  Block& block = device.block;
+  const int thread = device.current;
+  Warp& warp = block.warps[thread / 32];
+  warp.exited |= 1u << (thread % 32);
+  --block.live;
+  stand_at("exit", Where::current());
+  Barrier& all = block.barriers[0];
+  if (all.expected == 0 && all.arrived > 0 && all.arrived == static_cast<unsigned>(block.live)) {
+    release(all);
+  }
+  leave();
+  __builtin_unreachable();
+}
+
+void thread_main() {
+  (*device.body)();
+  exit_thread();
+}
+
+// A stack on which cuda_emulator_switch returns into thread_main.
+void prepare_stack(Fiber& fiber, int thread) {
+  auto* top = reinterpret_cast<void**>(device.stacks + (thread + 1) * kStackBytes);
+  *--top = nullptr;  // thread_main's return address: keeps the stack aligned as after a call
+  *--top = reinterpret_cast<void*>(&thread_main);
+  for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
+  fiber.stack_pointer = top;
+}
+
+std::string where_all_wait() {
+  const Block& block = device.block;
+  std::string text;
+  for (size_t w = 0; w < block.warps.size(); ++w) {
+    for (uint32_t rest = 0xffffffffu; rest != 0;) {
+      const int first = __builtin_ctz(rest);
+      const size_t thread = w * 32 + static_cast<size_t>(first);
+      if (thread >= block.fibers.size()) break;
+      const std::string here = place(block.fibers[thread].what, block.fibers[thread].where);
+      uint32_t lanes = 0;
+      for (int lane = first; lane < 32 && w * 32 + lane < block.fibers.size(); ++lane) {
+        const Fiber& fiber = block.fibers[w * 32 + lane];
+        if (place(fiber.what, fiber.where) == here) lanes |= 1u << lane;
+      }
+      rest &= ~lanes;
+      std::array<char, 32> mask;
+      std::snprintf(mask.data(), mask.size(), "%08x", lanes);
+      text += "\n  warp " + std::to_string(w) + ", lanes " + mask.data() + ": " + here;
+    }
+  }
+  return text;
+}
+
+void land_one() {
+  auto& landing = device.block.landing;
+  std::swap(landing[random_below(static_cast<uint32_t>(landing.size()))], landing.back());
+  const std::function<void()> land = std::move(landing.back());
+  landing.pop_back();
+  try {
+    land();
+  } catch (const Failure&) {
+  }
+}
+
+// Runs the lanes of one warp that can go on, each to where it next waits.
+void run_warp(int w) {
+  Warp& warp = device.block.warps[w];
+  uint32_t lanes = warp.ready;
+  warp.ready = 0;
+  const int turn = static_cast<int>(random_below(32));
+  for (int i = 0; i < 32 && !device.failed; ++i) {
+    const int lane = (i + turn) % 32;
+    if ((lanes >> lane & 1) == 0) continue;
+    device.current = w * 32 + lane;
+    Fiber& fiber = device.block.fibers[device.current];
+    thread_index = fiber.index;
+    device.in_thread = true;
+    cuda_emulator_switch(&device.scheduler_stack_pointer, fiber.stack_pointer);
+    device.in_thread = false;
+  }
+}
+
+void wake_polling(Warp& warp, int w) {
+  for (uint32_t rest = warp.polling; rest != 0; rest &= rest - 1) {
+    const int lane = __builtin_ctz(rest);
+    if (device.block.fibers[w * 32 + lane].condition()) {
+      warp.polling &= ~(1u << lane);
+      warp.ready |= 1u << lane;
+    }
+  }
+}
+
+// The warp of the highest priority that can go on, or -1. Priorities change now and then: some
+// warps run far ahead of others.
+int pick_warp() {
+  auto& warps = device.block.warps;
+  if (random_below(64) == 0) {
+    for (Warp& warp : warps) warp.priority = device.random();
+  }
+  int best = -1;
+  for (int w = 0; w < static_cast<int>(warps.size()); ++w) {
+    if (best >= 0 && warps[w].priority < warps[best].priority) continue;
+    wake_polling(warps[w], w);
+    if (warps[w].ready != 0) best = w;
+  }
+  return best;
+}
+
+void run_block() {
+  Block& block = device.block;
+  const auto threads = static_cast<int>(block_size.x * block_size.y * block_size.z);
+  block = {};
+  block.live = threads;
+  block.fibers.resize(threads);
+  block.warps.resize((threads + 31) / 32);
+  block.warpgroup_meetings.resize((threads + 127) / 128);
+  block.products.resize((threads + 127) / 128);
+  for (int t = 0; t < threads; ++t) {
+    const auto n = static_cast<unsigned>(t);
+    block.fibers[t].index = {n % block_size.x, n / block_size.x % block_size.y,
+                             n / (block_size.x * block_size.y)};
+    prepare_stack(block.fibers[t], t);
+    make_ready(t);
+  }
+  for (Warp& warp : block.warps) warp.priority = device.random();
+  std::fill_n(device.shared - kSharedGuard, device.shared_bytes + 2 * kSharedGuard, kPoison);
+  device.async_view.assign(device.shared_bytes, kPoison);
+  while (block.live > 0 && !device.failed) {
+    if (!block.landing.empty() && random_below(16) == 0) land_one();
+    const int warp = pick_warp();
+    if (warp >= 0) {
+      run_warp(warp);
+    } else if (!block.landing.empty()) {
+      land_one();
+    } else {
+      device.failed = true;
+      device.error = "block " + number3(block_index) + ": no thread can go on:" + where_all_wait();
+    }
+  }
+  const auto untouched = [](std::byte byte) { return byte == kPoison; };
+  if (!device.failed &&
+      !(std::all_of(device.shared - kSharedGuard, device.shared, untouched) &&
+        std::all_of(device.shared + device.shared_bytes,
+                    device.shared + device.shared_bytes + kSharedGuard, untouched))) {
+    device.failed = true;
+    device.error = "block " + number3(block_index) + " wrote beyond its " +
+                   std::to_string(device.shared_bytes) + " bytes of shared memory";
+  }
+}
+
+}  // namespace
+
+Settings& settings() {
+  static Settings instance;
+  return instance;
+}
+
+void set_up() {
+  if (device.stacks != nullptr) return;
+  device.stacks = map_memory(kMaxThreads * kStackBytes);
+  for (int t = 0; t < kMaxThreads; ++t) {
+    mprotect(device.stacks + t * kStackBytes, kPage, PROT_NONE);
+  }
+  device.shared_region = map_memory(kSharedRegion + 2 * kPage) + kPage;
+  mprotect(device.shared_region - kPage, kPage, PROT_NONE);
+  mprotect(device.shared_region + kSharedRegion, kPage, PROT_NONE);
+  stack_t alternate{};
+  alternate.ss_sp = map_memory(1 << 16);
+  alternate.ss_size = 1 << 16;
+  sigaltstack(&alternate, nullptr);
+  struct sigaction action{};
+  action.sa_sigaction = on_segmentation_fault;
+  action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+  sigaction(SIGSEGV, &action, nullptr);
+}
+
+size_t shared_bytes_limit() {
+  const int version = settings().major * 10 + settings().minor;
+  return version == 90 ? kMaxSharedBytes : version == 80 ? 163 << 10 : 99 << 10;
+}
+
+bool running() { return device.running; }
+
+uint32_t random_below(uint32_t bound) {
+  return static_cast<uint32_t>((device.random() >> 32) * bound >> 32);
+}
+
+int thread_number() { return device.current; }
+
+void run_grid(Index3 grid, Index3 block, size_t shared_bytes, const std::function<void()>& body) {
+  const std::lock_guard<std::mutex> lock(one_grid);
+  set_up();
+  if (shared_bytes > shared_bytes_limit() || block.x * block.y * block.z > kMaxThreads ||
+      block.x * block.y * block.z == 0 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
+      grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
+    throw flexprefill::Error(flexprefill::ErrorCode::kInternal,
+                             "CUDA emulator: no device takes a launch of " + number3(grid) + " x " +
+                                 number3(block) + " threads and " + std::to_string(shared_bytes) +
+                                 " bytes of shared memory");
+  }
+  grid_size = grid;
+  block_size = block;
+  device.random.seed(settings().seed);
+  device.shared_bytes = shared_bytes;
+  const size_t room = (shared_bytes + 1023) / 1024 * 1024;
+  device.shared = device.shared_region + (kSharedRegion - kSharedGuard - room) / 1024 * 1024;
+  device.body = &body;
+  device.failed = false;
+  device.running = true;
+  // Blocks in a random order too.
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  const uint64_t first = device.random() % blocks;
+  for (uint64_t i = 0; i < blocks && !device.failed; ++i) {
+    const uint64_t n = (first + i) % blocks;
+    block_index = {static_cast<unsigned>(n % grid.x), static_cast<unsigned>(n / grid.x % grid.y),
+                   static_cast<unsigned>(n / grid.x / grid.y)};
+    run_block();
+  }
+  device.block = {};
+  device.running = false;
+  if (device.failed) {
+    throw flexprefill::Error(flexprefill::ErrorCode::kInternal, "CUDA emulator: " + device.error);
+  }
+}
+
+void fail(const std::string& message, Where where) {
+  device.error = "block " + number3(block_index) + " thread " + number3(thread_index) + ": " +
+                 place(message.c_str(), where);
+  device.failed = true;
+  if (!device.in_thread) throw Failure();
+  leave();
+  __builtin_unreachable();
+}
+
+void meet_warp(uint32_t mask, const char* what, void* argument, Perform perform, void* context,
+               Where where) {
+  const int lane = lane_number();
+  const int first_thread = device.current - lane;
+  Warp& warp = device.block.warps[first_thread / 32];
+  stand_at(what, where);
+  if ((mask >> lane & 1) == 0)
+    fail(std::string(what) + " by a lane that is not in its mask", where);
+  if ((mask & warp.exited) != 0) {
+    fail(std::string(what) + " with lanes that have left the kernel", where);
+  }
+  size_t number = 0;
+  while (number < warp.meetings.size() &&
+         (warp.meetings[number].mask != mask || warp.meetings[number].arrived[lane])) {
+    ++number;
+  }
+  if (number == warp.meetings.size()) {
+    warp.meetings.push_back({what, where, mask, __builtin_popcount(mask), {}, {}});
+  }
+  Meeting& meeting = warp.meetings[number];
+  if (std::strcmp(meeting.what, what) != 0) {
+    fail("lanes of one warp stand at different instructions: " +
+             place(meeting.what, meeting.where) + " and " + what,
+         where);
+  }
+  meeting.arguments[lane] = argument;
+  meeting.arrived[lane] = true;
+  if (--meeting.missing > 0) return leave();
+  perform(meeting.arguments.data(), context);
+  release_meeting(warp, number, first_thread);
+  warp.ready &= ~(1u << lane);  // it is running
+}
+
+void meet_warpgroup(const char* what, void* argument, Perform perform, void* context, Where where) {
+  const int group = device.current / 128;
+  const int member = device.current % 128;
+  stand_at(what, where);
+  if ((group + 1) * 128 > static_cast<int>(device.block.fibers.size())) {
+    fail(std::string(what) + " outside of a whole warpgroup", where);
+  }
+  std::unique_ptr<Meeting>& meeting = device.block.warpgroup_meetings[group];
+  if (meeting == nullptr) meeting.reset(new Meeting{what, where, 0, 128, {}, {}});
+  if (std::strcmp(meeting->what, what) != 0) {
+    fail("threads of one warpgroup stand at different instructions: " +
+             place(meeting->what, meeting->where) + " and " + what,
+         where);
+  }
+  meeting->arguments[member] = argument;
+  if (--meeting->missing > 0) return leave();
+  perform(meeting->arguments.data(), context);
+  meeting.reset();
+  for (int thread = group * 128; thread < group * 128 + 128; ++thread) {
+    if (thread != device.current) make_ready(thread);
+  }
+}
+
+void barrier(unsigned number, unsigned threads, bool wait, Where where) {
+  stand_at(wait ? "barrier" : "arrival at a barrier", where);
+  if (number >= kBarriers || threads % 32 != 0 || (threads == 0 && !wait)) {
+    fail("barrier " + std::to_string(number) + " of " + std::to_string(threads) + " threads",
+         where);
+  }
+  Barrier& barrier = device.block.barriers[number];
+  if (barrier.arrived > 0 && barrier.expected != threads) {
+    fail("barrier " + std::to_string(number) + " is used with " + std::to_string(threads) +
+             " threads and with " + std::to_string(barrier.expected),
+         where);
+  }
+  barrier.expected = threads;
+  ++barrier.arrived;
+  const bool complete =
+      barrier.arrived == (threads == 0 ? static_cast<unsigned>(device.block.live) : threads);
+  if (complete) {
+    release(barrier);
+  } else if (wait) {
+    barrier.waiting.push_back(device.current);
+    leave();
+  }
+}
+
+int count_at_barrier(bool predicate, Where where) {
+  // No later barrier of the block can complete before all have read the count: they meet twice.
+  device.block.barriers[0].predicates += predicate ? 1 : 0;
+  barrier(0, 0, true, where);
+  const int count = device.block.last_count;
+  barrier(0, 0, true, where);
+  return count;
+}
+
+void wait_until(const char* what, std::function<bool()> condition, Where where) {
+  stand_at(what, where);
+  if (condition()) return;
+  device.block.fibers[device.current].condition = std::move(condition);
+  device.block.warps[device.current / 32].polling |= 1u << lane_number();
+  leave();
+}
+
+void land_later(std::function<void()> land) { device.block.landing.push_back(std::move(land)); }
+
+std::byte* shared_memory() { return device.shared; }
+
+uint32_t shared_address(const void* pointer, size_t bytes, size_t alignment, const char* what,
+                        Where where) {
+  const auto offset = static_cast<const std::byte*>(pointer) - device.shared;
+  if (offset < 0 || static_cast<size_t>(offset) + bytes > device.shared_bytes) {
+    fail(std::string(what) + ": byte " + std::to_string(offset) + " of " +
+             std::to_string(device.shared_bytes) + " bytes of shared memory",
+         where);
+  }
+  const auto address = static_cast<uint32_t>(offset) + kSharedBase;
+  if (address % alignment != 0) {
+    fail(std::string(what) + ": shared address " + std::to_string(address) +
+             " is not a multiple of " + std::to_string(alignment),
+         where);
+  }
+  return address;
+}
+
+std::byte* shared_pointer(uint32_t address, size_t bytes, size_t alignment, const char* what,
+                          Where where) {
+  std::byte* pointer = device.shared + (static_cast<int64_t>(address) - kSharedBase);
+  shared_address(pointer, bytes, alignment, what, where);
+  return pointer;
+}
+
+void fence_async_proxy() {
+  std::copy_n(device.shared, device.shared_bytes, device.async_view.begin());
+}
+
+void async_wrote(const std::byte* data, size_t bytes) {
+  std::copy_n(data, bytes, device.async_view.begin() + (data - device.shared));
+}
+
+void async_reads(const std::byte* data, size_t bytes, const char* what, Where where) {
+  const ptrdiff_t offset = data - device.shared;
+  if (!std::equal(data, data + bytes, device.async_view.begin() + offset)) {
+    fail(std::string(what) + " reads shared memory from byte " + std::to_string(offset) +
+             " on that was stored without fence.proxy.async",
+         where);
+  }
+}
+
+ThreadCopies& thread_copies() { return device.block.fibers[device.current].copies; }
+
+std::shared_ptr<WarpgroupProducts>& warpgroup_products() {
+  return device.block.products[device.current / 128];
+}
+
+}  // namespace cuda_emulator
