@@ -2,6 +2,7 @@
 #include "flexprefill/c_api.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdio>
 #include <cstring>
 #include <limits>
@@ -35,6 +36,9 @@ static_assert(FLEXPREFILL_BFLOAT16 == static_cast<int>(DType::kBFloat16));
 static_assert(FLEXPREFILL_BACKEND_AUTO == static_cast<int>(Backend::kAuto));
 static_assert(FLEXPREFILL_BACKEND_REFERENCE == static_cast<int>(Backend::kReference));
 static_assert(FLEXPREFILL_BACKEND_CPU == static_cast<int>(Backend::kCpu));
+static_assert(FLEXPREFILL_BACKEND_CUDA == static_cast<int>(Backend::kCuda));
+static_assert(FLEXPREFILL_BACKEND_SM80 == static_cast<int>(Backend::kSm80));
+static_assert(FLEXPREFILL_BACKEND_SM90 == static_cast<int>(Backend::kSm90));
 static_assert(FLEXPREFILL_CPU_AUTO == static_cast<int>(CpuTarget::kAuto));
 static_assert(FLEXPREFILL_CPU_NEON == static_cast<int>(CpuTarget::kNeon));
 static_assert(FLEXPREFILL_HEAD_DENSE == static_cast<int>(HeadPattern::kDense));
@@ -112,11 +116,12 @@ Struct read_struct(const Struct* from, Struct defaults, size_t first_version, co
   return defaults;
 }
 
-// Sizes in version 1 of the API; they stay when the structs grow.
+// Sizes in the version that brought each struct; they stay when the structs grow.
 constexpr size_t kInputSize1 = sizeof(flexprefill_input);
 constexpr size_t kPatternSize1 = sizeof(flexprefill_pattern);
-constexpr size_t kExecutionSize1 = sizeof(flexprefill_execution);
+constexpr size_t kExecutionSize1 = offsetof(flexprefill_execution, stream);
 constexpr size_t kViewSize1 = sizeof(flexprefill_block_index_view);
+constexpr size_t kDeviceIndexSize1 = sizeof(flexprefill_device_block_index);
 
 TensorView to_tensor(const flexprefill_tensor& tensor) {
   TensorView view;
@@ -174,7 +179,16 @@ Execution to_execution(const flexprefill_execution* from) {
   if (in.cpu_target < FLEXPREFILL_CPU_AUTO || in.cpu_target > FLEXPREFILL_CPU_NEON) {
     refuse("execution.cpu_target: expected 0 to 6, got " + std::to_string(in.cpu_target));
   }
-  return {static_cast<Backend>(in.backend), static_cast<CpuTarget>(in.cpu_target), in.num_threads};
+  return {.backend = static_cast<Backend>(in.backend),
+          .cpu_target = static_cast<CpuTarget>(in.cpu_target),
+          .num_threads = in.num_threads,
+          .stream = in.stream};
+}
+
+DeviceBlockIndex to_device_index(const flexprefill_device_block_index* from) {
+  const flexprefill_device_block_index in =
+      read_struct(from, flexprefill_device_block_index_default(), kDeviceIndexSize1, "index");
+  return {in.indptr, in.indices, in.capacity, in.global_window, in.local_window};
 }
 
 std::vector<SequenceLengths> to_sequences(const int64_t* lengths, int64_t count) {
@@ -299,6 +313,59 @@ flexprefill_status flexprefill_prefill(const flexprefill_input* input,
             {workspace, workspace_bytes}, to_tensor(required(out, "out")),
             lse == nullptr ? TensorView{} : to_tensor(*lse), audit_out.heads());
     audit_out.write();
+  });
+}
+
+flexprefill_status flexprefill_device_block_index_size(const flexprefill_input* input,
+                                                       int64_t* rows, int64_t* capacity) {
+  return guarded([&] {
+    const AttentionInput in = to_input(input);
+    if (rows != nullptr) *rows = device_block_index_rows(in);
+    if (capacity != nullptr) *capacity = device_block_index_capacity(in);
+  });
+}
+
+flexprefill_status flexprefill_select_on_device_workspace_size(
+    const flexprefill_input* input, const flexprefill_pattern* pattern,
+    const flexprefill_execution* execution, size_t* bytes) {
+  return guarded([&] {
+    required(bytes, "bytes") = select_on_device_workspace_size(to_input(input), to_pattern(pattern),
+                                                               to_execution(execution));
+  });
+}
+
+flexprefill_status flexprefill_select_on_device(const flexprefill_input* input,
+                                                const flexprefill_pattern* pattern,
+                                                const flexprefill_execution* execution,
+                                                void* workspace, size_t workspace_bytes,
+                                                flexprefill_device_block_index* index) {
+  return guarded([&] {
+    DeviceBlockIndex to = to_device_index(index);
+    select_on_device(to_input(input), to_pattern(pattern), to_execution(execution),
+                     {workspace, workspace_bytes}, to);
+    index->global_window = to.global_window;
+    index->local_window = to.local_window;
+  });
+}
+
+flexprefill_status flexprefill_attend_on_device_workspace_size(
+    const flexprefill_input* input, const flexprefill_execution* execution, size_t* bytes) {
+  return guarded([&] {
+    required(bytes, "bytes") =
+        attend_on_device_workspace_size(to_input(input), to_execution(execution));
+  });
+}
+
+flexprefill_status flexprefill_attend_on_device(const flexprefill_input* input,
+                                                const flexprefill_device_block_index* index,
+                                                const flexprefill_execution* execution,
+                                                void* workspace, size_t workspace_bytes,
+                                                const flexprefill_tensor* out,
+                                                const flexprefill_tensor* lse) {
+  return guarded([&] {
+    attend_on_device(to_input(input), to_device_index(index), to_execution(execution),
+                     {workspace, workspace_bytes}, to_tensor(required(out, "out")),
+                     lse == nullptr ? TensorView{} : to_tensor(*lse));
   });
 }
 

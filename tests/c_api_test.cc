@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cmath>
+#include <cstddef>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -207,6 +208,37 @@ TEST(CApi, StructsOfOtherVersions) {
   EXPECT_NE(last_error().find("execution"), std::string::npos);
   later.unknown = 0;
   EXPECT_EQ(prefill(), FLEXPREFILL_OK) << last_error();
+}
+
+TEST(CApi, ExecutionOfTheFirstVersionHasNoStream) {
+  Call call;
+  call.execution.struct_size = offsetof(flexprefill_execution, stream);
+  call.execution.stream = &call;  // beyond what the caller says it has
+  EXPECT_EQ(flexprefill_prefill(&call.input, &call.pattern, &call.execution, call.workspace.data(),
+                                call.workspace.size(), &call.out_tensor, nullptr, nullptr, 0),
+            FLEXPREFILL_OK)
+      << last_error();
+}
+
+TEST(CApi, IndexOnTheDeviceNeedsACudaBackend) {
+  Call call;
+  call.input.q.dtype = call.input.k.dtype = call.input.v.dtype = FLEXPREFILL_BFLOAT16;
+  int64_t rows = 0, capacity = 0;
+  ASSERT_EQ(flexprefill_device_block_index_size(&call.input, &rows, &capacity), FLEXPREFILL_OK)
+      << last_error();
+  EXPECT_GT(rows, 0);
+  EXPECT_GE(capacity, rows);
+  size_t bytes = 0;
+  EXPECT_EQ(flexprefill_select_on_device_workspace_size(&call.input, nullptr, nullptr, &bytes),
+            FLEXPREFILL_UNSUPPORTED);
+  EXPECT_NE(last_error().find("expected a CUDA backend"), std::string::npos) << last_error();
+  flexprefill_device_block_index index = flexprefill_device_block_index_default();
+  EXPECT_EQ(flexprefill_attend_on_device(&call.input, &index, nullptr, call.workspace.data(),
+                                         call.workspace.size(), &call.out_tensor, nullptr),
+            FLEXPREFILL_UNSUPPORTED);
+  EXPECT_EQ(flexprefill_select_on_device(&call.input, nullptr, nullptr, call.workspace.data(),
+                                         call.workspace.size(), nullptr),
+            FLEXPREFILL_INVALID_ARGUMENT);
 }
 
 TEST(CApi, MessagesBelongToTheirThread) {

@@ -26,7 +26,7 @@ extern "C" {
 #endif
 
 // Goes up when something is added here; what is here stays as it is within a major version.
-#define FLEXPREFILL_C_API_VERSION 1
+#define FLEXPREFILL_C_API_VERSION 2
 
 typedef int32_t flexprefill_status;
 enum {
@@ -43,7 +43,10 @@ enum { FLEXPREFILL_FLOAT32 = 0, FLEXPREFILL_FLOAT16 = 1, FLEXPREFILL_BFLOAT16 = 
 enum {
   FLEXPREFILL_BACKEND_AUTO = 0,
   FLEXPREFILL_BACKEND_REFERENCE = 1,
-  FLEXPREFILL_BACKEND_CPU = 2
+  FLEXPREFILL_BACKEND_CPU = 2,
+  FLEXPREFILL_BACKEND_CUDA = 3,  // since version 2, like the next two; Backend in types.h
+  FLEXPREFILL_BACKEND_SM80 = 4,
+  FLEXPREFILL_BACKEND_SM90 = 5
 };
 
 enum {
@@ -85,11 +88,11 @@ typedef struct flexprefill_tensor {
 //
 //   layout   q                     k, v                                  lengths
 //   batch    [b, s_q, h_q, d_qk]   [b, s_kv, h_kv, d_qk | d_v]           from the shapes
-//   packed   [t_q, h_q, d_qk]      [t_kv, h_kv, d_qk | d_v]              cu_seqlens_q,
-//   cu_seqlens_kv paged    batch or packed q     [pages, page_size, h_kv, d_qk | d_v]  page_table,
-//   seqlens_kv
+//   packed   [t_q, h_q, d_qk]      [t_kv, h_kv, d_qk | d_v]              cu_seqlens_q, _kv
+//   paged    batch or packed q     [pages, page_size, h_kv, d_qk | d_v]  page_table, seqlens_kv
 //
-// AttentionInput in types.h has the rules of heads, head dims and strides.
+// AttentionInput in types.h has the rules of heads, head dims and strides, and says what is device
+// memory in a call of a CUDA backend: tensors, workspace and page_table, not the lengths.
 typedef struct flexprefill_input {
   size_t struct_size;
   flexprefill_tensor q, k, v;
@@ -129,6 +132,8 @@ typedef struct flexprefill_execution {
   int32_t cpu_target;   // FLEXPREFILL_CPU_*
   int32_t num_threads;  // 0: as many as the process may use
   int32_t reserved;     // 0
+  // Since version 2.
+  void* stream;  // of the CUDA backends: a cudaStream_t of the current device
 } flexprefill_execution;
 
 // What was decided for one query head of one sequence; HeadAudit in select.h.
@@ -156,6 +161,16 @@ typedef struct flexprefill_block_index_view {
   const int32_t* indices;  // [indices_count]; ascending within a row
   int64_t indices_count;
 } flexprefill_block_index_view;
+
+// An index in the caller's device memory; DeviceBlockIndex in block_index.h. Since version 2.
+typedef struct flexprefill_device_block_index {
+  size_t struct_size;
+  int64_t* indptr;   // device memory, [rows + 1]
+  int32_t* indices;  // device memory, [capacity]
+  int64_t capacity;
+  int64_t global_window;
+  int64_t local_window;
+} flexprefill_device_block_index;
 
 // Which key blocks every query block of every head attends to.
 typedef struct flexprefill_block_index flexprefill_block_index;
@@ -202,6 +217,13 @@ static inline flexprefill_block_index_view flexprefill_block_index_view_default(
   view.struct_size = sizeof(view);
   view.block_size = 128;
   return view;
+}
+
+static inline flexprefill_device_block_index flexprefill_device_block_index_default(void) {
+  flexprefill_device_block_index index;
+  memset(&index, 0, sizeof(index));
+  index.struct_size = sizeof(index);
+  return index;
 }
 
 // A contiguous tensor; `rank` is 1 to 4.
@@ -271,6 +293,30 @@ flexprefill_prefill(const flexprefill_input* input, const flexprefill_pattern* p
                     const flexprefill_execution* execution, void* workspace, size_t workspace_bytes,
                     const flexprefill_tensor* out, const flexprefill_tensor* lse,
                     flexprefill_head_audit* audit, int64_t audit_count);
+
+// ---- The stages on a CUDA backend, with an index that stays on the device
+//
+// They wait for nothing and allocate nothing, so that a CUDA graph can capture them. `execution`
+// names a CUDA backend. Since version 2.
+
+// Rows of the index of an input, and how many indices it can have at most. Either may be NULL.
+FLEXPREFILL_API flexprefill_status flexprefill_device_block_index_size(
+    const flexprefill_input* input, int64_t* rows, int64_t* capacity);
+FLEXPREFILL_API flexprefill_status flexprefill_select_on_device_workspace_size(
+    const flexprefill_input* input, const flexprefill_pattern* pattern,
+    const flexprefill_execution* execution, size_t* bytes);
+// Writes the arrays of `index` in stream order, and its windows at once.
+FLEXPREFILL_API flexprefill_status
+flexprefill_select_on_device(const flexprefill_input* input, const flexprefill_pattern* pattern,
+                             const flexprefill_execution* execution, void* workspace,
+                             size_t workspace_bytes, flexprefill_device_block_index* index);
+FLEXPREFILL_API flexprefill_status flexprefill_attend_on_device_workspace_size(
+    const flexprefill_input* input, const flexprefill_execution* execution, size_t* bytes);
+// Blocks after a row's diagonal and entries beyond the capacity are left out.
+FLEXPREFILL_API flexprefill_status flexprefill_attend_on_device(
+    const flexprefill_input* input, const flexprefill_device_block_index* index,
+    const flexprefill_execution* execution, void* workspace, size_t workspace_bytes,
+    const flexprefill_tensor* out, const flexprefill_tensor* lse);
 
 // ---- The index
 
