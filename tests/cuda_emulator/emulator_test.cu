@@ -306,5 +306,138 @@ TEST(Emulator, CopiesLandAtTheWait) {
   EXPECT_FAILS(launch(copy_misaligned, 1, 1, 32, nullptr, from.data()), "cp.async of 8 bytes");
 }
 
+// ---- Compute capability 9.0
+
+// What one warpgroup_product does wrong.
+enum class Mistake { kNone, kNoFence, kNoProxyFence, kNoWait, kEarlyWrite, kTooManyBytes };
+
+// s = a b^T, then d [64, 128] = s [b c], all of a, b, c [64, 64] in shared memory by TMA.
+// Rows of a beyond `rows` are stored by the threads, as zero.
+template <typename T>
+__global__ void warpgroup_product(const __grid_constant__ sm90::TensorMap a,
+                                  const __grid_constant__ sm90::TensorMap b,
+                                  const __grid_constant__ sm90::TensorMap c, float* s, float* d,
+                                  int rows, Mistake mistake) {
+  std::byte* sA = shared_memory();
+  std::byte* sB = sA + 64 * 128;
+  std::byte* sC = sB + 64 * 128;
+  auto* barrier = reinterpret_cast<sm90::Barrier*>(sC + 64 * 128);
+  const int t = static_cast<int>(threadIdx.x);
+  if (t == 0) {
+    sm90::barrier_init(barrier, 1);
+    sm90::barrier_init_fence();
+  }
+  __syncthreads();
+  if (t == 0) {
+    const bool wrong = mistake == Mistake::kTooManyBytes;
+    sm90::barrier_arrive_expect(barrier, 3 * 64 * 128 + (wrong ? 16 : 0));
+    sm90::tma_load(&a, barrier, sA, 0, -1, 1, 0);
+    sm90::tma_load(&b, barrier, sB, 0, 0, 0, 1);
+    sm90::tma_load(&c, barrier, sC, 0, 0, 1, 1);
+  }
+  sm90::barrier_wait(barrier, 0);
+  for (int row = rows + t / 8; row < 64; row += 16) {
+    *reinterpret_cast<uint4*>(sA + row * 128 + t % 8 * 16) = uint4{};
+  }
+  if (mistake != Mistake::kNoProxyFence) sm90::fence_proxy_async();
+  sm90::named_barrier_sync(1, 128);
+
+  float rS[32], rD[64];
+  if (mistake != Mistake::kNoFence) sm90::wgmma_fence();
+  const uint64_t a_descriptor = sm90::wgmma_descriptor(sA, 0, 1024);
+  const uint64_t b_descriptor = sm90::wgmma_descriptor(sB, 0, 1024);
+  for (uint32_t k = 0; k < 4; ++k) {
+    sm90::wgmma_ss<T, 64>(rS, sm90::wgmma_descriptor_at(a_descriptor, k * 32),
+                          sm90::wgmma_descriptor_at(b_descriptor, k * 32), k > 0);
+  }
+  sm90::wgmma_commit();
+  if (mistake == Mistake::kEarlyWrite) rS[3] = 1.0F;
+  if (mistake != Mistake::kNoWait) sm90::wgmma_wait<0>();
+
+  uint32_t rP[16];
+  for (int i = 0; i < 16; ++i) rP[i] = pack<T>(rS[2 * i], rS[2 * i + 1]);
+  sm90::wgmma_fence();
+  for (uint32_t k = 0; k < 4; ++k) {
+    const uint64_t bc_descriptor = sm90::wgmma_descriptor(sB, 64 * 128, 1024);
+    sm90::wgmma_rs<T, 128>(rD, rP + 4 * k, sm90::wgmma_descriptor_at(bc_descriptor, k * 2048),
+                           k > 0);
+  }
+  sm90::wgmma_commit();
+  sm90::wgmma_wait<0>();
+  const int row = t / 32 * 16 + t % 32 / 4;
+  for (int i = 0; i < 64; ++i) {
+    const int at_row = row + i / 2 % 2 * 8, column = i / 4 * 8 + t % 4 * 2 + i % 2;
+    if (i < 32) s[at_row * 64 + column] = rS[i];
+    d[at_row * 128 + column] = rD[i];
+  }
+}
+
+template <typename T>
+struct WarpgroupCase {
+  static constexpr int kRows = 70, kColumns = 56;
+  // [2, 2, kRows, kColumns]: a is [0, 1] from row -1 on, b [1, 0], c [1, 1]. What lies outside is
+  // 0.
+  DeviceArray<T> data{4 * kRows * kColumns};
+  DeviceArray<float> s{64 * 64}, d{64 * 128};
+  sm90::TensorMap map;
+
+  WarpgroupCase() {
+    fill_random(data.host, 3);
+    map = sm90::make_tensor_map(
+        {.data = data.upload(),
+         .sizes = {kColumns, kRows, 2, 2},
+         .strides = {kColumns * 2, kRows * kColumns * 2, 2 * kRows * kColumns * 2},
+         .box_rows = 64,
+         .bfloat16 = std::is_same_v<T, __nv_bfloat16>});
+  }
+  float at(int tensor, int row, int column) const {
+    if (row < 0 || column >= kColumns) return 0;
+    return float(data.host[(tensor * kRows + row) * kColumns + column]);
+  }
+  void run(Mistake mistake) {
+    launch(warpgroup_product<T>, 1, 128, 3 * 64 * 128 + 8, nullptr, map, map, map, s.data(),
+           d.data(), 60, mistake);
+  }
+};
+
+template <typename T>
+void check_warpgroup_product() {
+  with_seeds([] {
+    WarpgroupCase<T> test;
+    test.run(Mistake::kNone);
+    test.s.download();
+    test.d.download();
+    for (int i = 0; i < 64; ++i) {
+      float p[64];
+      for (int j = 0; j < 64; ++j) {
+        float sum = 0;
+        for (int k = 0; k < 64 && i < 60; ++k) sum += test.at(1, i - 1, k) * test.at(2, j, k);
+        EXPECT_NEAR(test.s.host[i * 64 + j], sum, 1e-5F) << i << " " << j;
+        p[j] = float(T(test.s.host[i * 64 + j]));
+      }
+      for (int k = 0; k < 128; ++k) {
+        float sum = 0;
+        for (int j = 0; j < 64; ++j) sum += p[j] * test.at(2 + k / 64, j, k % 64);
+        EXPECT_NEAR(test.d.host[i * 128 + k], sum, 1e-4F) << i << " " << k;
+      }
+    }
+  });
+}
+
+TEST(Emulator, WarpgroupProduct) {
+  check_warpgroup_product<__nv_bfloat16>();
+  check_warpgroup_product<__half>();
+}
+
+TEST(Emulator, MistakesOfWarpgroupsAreNamed) {
+  WarpgroupCase<__half> test;
+  EXPECT_FAILS(test.run(Mistake::kNoFence), "wgmma without wgmma.fence");
+  EXPECT_FAILS(test.run(Mistake::kNoProxyFence), "without fence.proxy.async");
+  EXPECT_FAILS(test.run(Mistake::kEarlyWrite), "was written while");
+  EXPECT_FAILS(test.run(Mistake::kTooManyBytes), "mbarrier.try_wait (emulator_test.cu");
+  test.run(Mistake::kNoWait);
+  EXPECT_TRUE(std::isnan(test.d.download()[0]));
+}
+
 }  // namespace
 }  // namespace flexprefill

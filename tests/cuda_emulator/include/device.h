@@ -305,6 +305,10 @@ inline float __logf(float x) { return std::log(x); }
 inline float __log2f(float x) { return std::log2(x); }
 inline float rsqrtf(float x) { return 1.0F / std::sqrt(x); }
 
+using std::isfinite;
+using std::isinf;
+using std::isnan;
+
 template <typename A, typename B>
 constexpr std::common_type_t<A, B> min(A a, B b) {
   return b < a ? b : a;
