@@ -14,7 +14,9 @@
 #include <utility>
 #include <vector>
 
+#include "cuda_device.h"
 #include "flexprefill/flexprefill.h"
+#include "tensor.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -22,80 +24,21 @@ using namespace nb::literals;
 namespace flexprefill {
 namespace {
 
-using AnyArray = nb::ndarray<nb::ro>;
 using Int32Vector = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Int32Matrix = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+// A page table on the host, or of a CUDA call on the device.
+using PageTable = nb::ndarray<const int32_t, nb::ndim<2>, nb::ro>;
+using Scratch = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig>;  // workspace of a CUDA call
+using DeviceInt64 = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig>;
+using DeviceInt32 = nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig>;
 using Int64Vector = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using AuditArray =
     nb::ndarray<float, nb::shape<-1, -1, 6>, nb::c_contig, nb::device::cpu>;  // [b, h_q, 6]
-
-[[noreturn]] void refuse(const std::string& message) {
-  throw Error(ErrorCode::kInvalidArgument, message);
-}
-
-std::string element_type_text(nb::dlpack::dtype dtype) {
-  static const char* const kKinds[] = {"int",    "uint",    "float", "opaque",
-                                       "bfloat", "complex", "bool"};
-  const std::string kind = dtype.code < std::size(kKinds) ? kKinds[dtype.code] : "type ";
-  return kind + std::to_string(dtype.bits * dtype.lanes);
-}
-
-DType element_type(nb::dlpack::dtype dtype, const std::string& name, bool bfloat16_bits) {
-  if (dtype == nb::dtype<float>()) return DType::kFloat32;
-  if (dtype == nb::dlpack::dtype{static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1}) {
-    return DType::kFloat16;
-  }
-  if (dtype == nb::dlpack::dtype{static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1} ||
-      (bfloat16_bits && dtype == nb::dtype<uint16_t>())) {
-    return DType::kBFloat16;
-  }
-  refuse(name + ": expected element type float32, float16 or bfloat16, got " +
-         element_type_text(dtype));
-}
 
 nb::dlpack::dtype dlpack_type(DType dtype) {
   const auto code =
       dtype == DType::kBFloat16 ? nb::dlpack::dtype_code::Bfloat : nb::dlpack::dtype_code::Float;
   return {static_cast<uint8_t>(code), static_cast<uint8_t>(dtype == DType::kFloat32 ? 32 : 16), 1};
 }
-
-// A tensor of the caller's, held for as long as this lives; its memory is used where it is.
-class Tensor {
- public:
-  // `bfloat16_bits`: uint16 elements are the bits of bfloat16 (NumPy has no such type of its own).
-  Tensor(nb::handle tensor, const std::string& name, bool writable, bool bfloat16_bits) {
-    if (!nb::try_cast(tensor, array_, false)) {
-      throw nb::type_error(
-          (name + ": expected a tensor that speaks DLPack, got " + nb::str(tensor.type()).c_str())
-              .c_str());
-    }
-    if (nb::ndarray<> unused; writable && !nb::try_cast(tensor, unused, false)) {
-      refuse(name + ": expected writable memory, got a read-only tensor");
-    }
-    const int device = array_.device_type();
-    if (device != nb::device::cpu::value && device != nb::device::cuda_host::value) {
-      throw Error(ErrorCode::kUnsupported, name + ": expected a tensor in CPU memory, got DLPack " +
-                                               "device type " + std::to_string(device));
-    }
-    if (array_.ndim() < 1 || array_.ndim() > 4) {
-      refuse(name + ": expected rank 1 to 4, got rank " + std::to_string(array_.ndim()));
-    }
-    view_.data = const_cast<void*>(array_.data());
-    view_.dtype = element_type(array_.dtype(), name, bfloat16_bits);
-    view_.rank = static_cast<int32_t>(array_.ndim());
-    for (int32_t i = 0; i < view_.rank; ++i) {
-      view_.shape[i] = static_cast<int64_t>(array_.shape(i));
-      view_.strides[i] = array_.stride(i);
-    }
-    // Strides of an empty tensor mean nothing, and frameworks make up different ones.
-    if (array_.size() == 0) view_.strides.fill(1);
-  }
-  const TensorView& view() const { return view_; }
-
- private:
-  AnyArray array_;
-  TensorView view_;
-};
 
 // A new contiguous array whose memory is aligned as JAX wants it; speaks DLPack.
 nb::ndarray<nb::array_api> empty_like_type(const std::vector<size_t>& shape, const Tensor& like,
@@ -113,7 +56,12 @@ Backend parse_backend(const std::string& name) {
   if (name == "auto") return Backend::kAuto;
   if (name == "reference") return Backend::kReference;
   if (name == "cpu") return Backend::kCpu;
-  refuse("backend: expected \"auto\", \"reference\" or \"cpu\", got \"" + name + "\"");
+  if (name == "cuda") return Backend::kCuda;
+  if (name == "sm80") return Backend::kSm80;
+  if (name == "sm90") return Backend::kSm90;
+  refuse(
+      "backend: expected \"auto\", \"cpu\", \"reference\", \"cuda\", \"sm80\" or \"sm90\", got \"" +
+      name + "\"");
 }
 
 CpuTarget parse_cpu_target(const std::string& name) {
@@ -131,21 +79,24 @@ struct Call {
   Tensor q, k;
   std::optional<Tensor> v;
   std::optional<Int32Vector> cu_seqlens_q, cu_seqlens_kv, seqlens_kv;
-  std::optional<Int32Matrix> page_table;
+  std::optional<PageTable> page_table;
+  int32_t device = -1;  // of CUDA; -1: host memory
   Execution execution;
   AttentionInput input;
 
   Call(const Tensor& q_in, const Tensor& k_in, const Tensor* v_in,
        std::optional<Int32Vector> cu_seqlens_q_in, std::optional<Int32Vector> cu_seqlens_kv_in,
-       std::optional<Int32Matrix> page_table_in, std::optional<Int32Vector> seqlens_kv_in,
+       std::optional<PageTable> page_table_in, std::optional<Int32Vector> seqlens_kv_in,
        std::optional<double> softmax_scale, bool gqa_interleave, int32_t block_size,
-       const std::string& backend, const std::string& cpu_target, int32_t num_threads)
+       const std::string& backend, const std::string& cpu_target, int32_t num_threads,
+       int32_t device_in, uintptr_t stream)
       : q(q_in),
         k(k_in),
         cu_seqlens_q(std::move(cu_seqlens_q_in)),
         cu_seqlens_kv(std::move(cu_seqlens_kv_in)),
         seqlens_kv(std::move(seqlens_kv_in)),
-        page_table(std::move(page_table_in)) {
+        page_table(std::move(page_table_in)),
+        device(device_in) {
     if (v_in != nullptr) v = *v_in;
     input.q = q.view();
     input.k = k.view();
@@ -159,7 +110,12 @@ struct Call {
     input.seqlens_kv = span(seqlens_kv);
     if (page_table) {
       input.page_table = page_table->data();
-      input.page_table_stride = input.max_pages = static_cast<int64_t>(page_table->shape(1));
+      input.page_table_stride = page_table->stride(0);
+      input.max_pages = static_cast<int64_t>(page_table->shape(1));
+      if (input.max_pages > 1 && page_table->stride(1) != 1) {
+        refuse("page_table: expected a contiguous last dimension (stride 1), got stride " +
+               std::to_string(page_table->stride(1)));
+      }
       // The core is told b by q alone, so the rows of the table are counted here.
       if (page_table->shape(0) != input.seqlens_kv.size()) {
         refuse("page_table: expected [b, max_pages] with b = " +
@@ -170,7 +126,9 @@ struct Call {
     if (softmax_scale) input.softmax_scale = static_cast<float>(*softmax_scale);
     input.gqa_interleave = gqa_interleave;
     input.block_size = block_size;
-    execution = {parse_backend(backend), parse_cpu_target(cpu_target), num_threads};
+    execution = {parse_backend(backend), parse_cpu_target(cpu_target), num_threads,
+                 reinterpret_cast<void*>(stream)};  // NOLINT(performance-no-int-to-ptr)
+    if (device >= 0 && execution.backend == Backend::kAuto) execution.backend = Backend::kCuda;
   }
 };
 
@@ -190,21 +148,36 @@ std::vector<HeadAudit> audit_storage(const std::optional<AuditArray>& audit) {
   return std::vector<HeadAudit>(audit ? audit->shape(0) * audit->shape(1) : 0);
 }
 
+// The caller's memory on the device, or for a call on the host memory of this object's own.
+class CallWorkspace {
+ public:
+  template <typename Size>
+  CallWorkspace(const std::optional<Scratch>& scratch, Size size) {
+    workspace_ = scratch ? Workspace{scratch->data(), scratch->size()} : buffer_.reserve(size());
+  }
+  operator Workspace() const { return workspace_; }
+
+ private:
+  WorkspaceBuffer buffer_;
+  Workspace workspace_;
+};
+
 void call_prefill(const Call& call, const Pattern& pattern, const Tensor& out, const Tensor* lse,
-                  std::optional<AuditArray> audit) {
+                  std::optional<AuditArray> audit, const std::optional<Scratch>& scratch) {
   std::vector<HeadAudit> heads = audit_storage(audit);
   const TensorView lse_view = lse != nullptr ? lse->view() : TensorView{};
   {
     nb::gil_scoped_release released;
-    WorkspaceBuffer buffer;
-    const Workspace workspace =
-        buffer.reserve(prefill_workspace_size(call.input, pattern, call.execution));
+    const DeviceGuard guard(call.device);
+    const CallWorkspace workspace(
+        scratch, [&] { return prefill_workspace_size(call.input, pattern, call.execution); });
     prefill(call.input, pattern, call.execution, workspace, out.view(), lse_view, heads);
   }
   if (audit) write_audit(heads, audit->data());
 }
 
 size_t call_prefill_workspace_size(const Call& call, const Pattern& pattern) {
+  const DeviceGuard guard(call.device);
   return prefill_workspace_size(call.input, pattern, call.execution);
 }
 
@@ -222,12 +195,80 @@ BlockIndex call_select(const Call& call, const Pattern& pattern, std::optional<A
   return index;
 }
 
-void call_attend(const Call& call, const BlockIndex* index, const Tensor& out, const Tensor* lse) {
+size_t call_attend_workspace_size(const Call& call) {
+  const DeviceGuard guard(call.device);
+  return attend_workspace_size(call.input, call.execution);
+}
+
+void call_attend(const Call& call, const BlockIndex* index, const Tensor& out, const Tensor* lse,
+                 const std::optional<Scratch>& scratch) {
   const TensorView lse_view = lse != nullptr ? lse->view() : TensorView{};
   nb::gil_scoped_release released;
-  WorkspaceBuffer buffer;
-  const Workspace workspace = buffer.reserve(attend_workspace_size(call.input, call.execution));
+  const DeviceGuard guard(call.device);
+  const CallWorkspace workspace(scratch,
+                                [&] { return attend_workspace_size(call.input, call.execution); });
   attend(call.input, index, call.execution, workspace, out.view(), lse_view);
+}
+
+// A DeviceBlockIndex and the memory that it borrows.
+class DeviceRows {
+ public:
+  DeviceRows(const DeviceInt64& indptr, const DeviceInt32& indices, int64_t global_window,
+             int64_t local_window)
+      : indptr_(indptr), indices_(indices) {
+    index.indptr = indptr_.data();
+    index.indices = indices_.data();
+    index.capacity = static_cast<int64_t>(indices_.size());
+    index.global_window = global_window;
+    index.local_window = local_window;
+  }
+  DeviceBlockIndex index;
+
+ private:
+  DeviceInt64 indptr_;
+  DeviceInt32 indices_;
+};
+
+std::pair<int64_t, int64_t> device_index_size(const Call& call) {
+  return {device_block_index_rows(call.input), device_block_index_capacity(call.input)};
+}
+
+size_t call_select_on_device_workspace_size(const Call& call, const Pattern& pattern) {
+  const DeviceGuard guard(call.device);
+  return select_on_device_workspace_size(call.input, pattern, call.execution);
+}
+
+void call_select_on_device(const Call& call, const Pattern& pattern, DeviceRows& rows,
+                           std::optional<AuditArray> audit,
+                           const std::optional<Scratch>& device_audit, const Scratch& scratch) {
+  std::vector<HeadAudit> heads = audit_storage(audit);
+  {
+    nb::gil_scoped_release released;
+    const DeviceGuard guard(call.device);
+    auto* device_heads =
+        device_audit ? reinterpret_cast<HeadAudit*>(device_audit->data()) : nullptr;
+    select_on_device(call.input, pattern, call.execution, {scratch.data(), scratch.size()},
+                     rows.index, device_heads);
+    if (audit) {
+      copy_to_host(heads.data(), device_heads, heads.size() * sizeof(HeadAudit),
+                   call.execution.stream);
+    }
+  }
+  if (audit) write_audit(heads, audit->data());
+}
+
+size_t call_attend_on_device_workspace_size(const Call& call) {
+  const DeviceGuard guard(call.device);
+  return attend_on_device_workspace_size(call.input, call.execution);
+}
+
+void call_attend_on_device(const Call& call, const DeviceRows& rows, const Tensor& out,
+                           const Tensor* lse, const Scratch& scratch) {
+  const TensorView lse_view = lse != nullptr ? lse->view() : TensorView{};
+  nb::gil_scoped_release released;
+  const DeviceGuard guard(call.device);
+  attend_on_device(call.input, rows.index, call.execution, {scratch.data(), scratch.size()},
+                   out.view(), lse_view);
 }
 
 BlockIndex make_index(const Int64Vector& indptr, const Int32Vector& indices,
@@ -249,6 +290,26 @@ template <typename T>
 nb::ndarray<nb::numpy, const T, nb::ndim<1>> vector_view(const std::vector<T>& values,
                                                          nb::handle owner) {
   return {values.data(), {values.size()}, owner};
+}
+
+nb::dict cuda_info_dict() {
+  const CudaInfo info = cuda_info();
+  nb::list devices;
+  for (const CudaDevice& device : info.devices) {
+    nb::dict entry;
+    entry["name"] = device.name;
+    entry["compute_capability"] = nb::make_tuple(device.major, device.minor);
+    entry["multiprocessors"] = device.multiprocessors;
+    entry["memory_bytes"] = device.memory_bytes;
+    devices.append(entry);
+  }
+  nb::dict result;
+  result["built"] = info.built;
+  result["runtime"] = info.runtime;
+  result["driver"] = info.driver;
+  result["error"] = info.error;
+  result["devices"] = devices;
+  return result;
 }
 
 void bind_errors(nb::module_& m) {
@@ -355,21 +416,50 @@ NB_MODULE(_core, m) {
 
   nb::class_<Tensor>(m, "Tensor")
       .def(nb::init<nb::handle, const std::string&, bool, bool>(), "tensor"_a.none(), "name"_a,
-           "writable"_a = false, "bfloat16_bits"_a = false);
+           "writable"_a = false, "bfloat16_bits"_a = false)
+      .def_prop_ro("on_cuda", &Tensor::on_cuda);
   m.def("empty_like_type", &empty_like_type, "shape"_a, "like"_a, "float32"_a = false);
 
   nb::class_<Call>(m, "Call").def(
       nb::init<const Tensor&, const Tensor&, const Tensor*, std::optional<Int32Vector>,
-               std::optional<Int32Vector>, std::optional<Int32Matrix>, std::optional<Int32Vector>,
+               std::optional<Int32Vector>, std::optional<PageTable>, std::optional<Int32Vector>,
                std::optional<double>, bool, int32_t, const std::string&, const std::string&,
-               int32_t>(),
+               int32_t, int32_t, uintptr_t>(),
       "q"_a, "k"_a, "v"_a.none(), "cu_seqlens_q"_a.none(), "cu_seqlens_kv"_a.none(),
       "page_table"_a.none(), "seqlens_kv"_a.none(), "softmax_scale"_a.none(), "gqa_interleave"_a,
-      "block_size"_a, "backend"_a, "cpu_target"_a, "num_threads"_a);
-  m.def("prefill", &call_prefill, "call"_a, "pattern"_a, "out"_a, "lse"_a.none(), "audit"_a.none());
+      "block_size"_a, "backend"_a, "cpu_target"_a, "num_threads"_a, "device"_a = -1,
+      "stream"_a = 0);
+  m.def("prefill", &call_prefill, "call"_a, "pattern"_a, "out"_a, "lse"_a.none(), "audit"_a.none(),
+        "scratch"_a = nb::none());
   m.def("prefill_workspace_size", &call_prefill_workspace_size, "call"_a, "pattern"_a);
   m.def("select", &call_select, "call"_a, "pattern"_a, "audit"_a.none());
-  m.def("attend", &call_attend, "call"_a, "index"_a.none(), "out"_a, "lse"_a.none());
+  m.def("attend", &call_attend, "call"_a, "index"_a.none(), "out"_a, "lse"_a.none(),
+        "scratch"_a = nb::none());
+  m.def("attend_workspace_size", &call_attend_workspace_size, "call"_a);
+
+  nb::class_<DeviceRows>(m, "DeviceRows")
+      .def(nb::init<const DeviceInt64&, const DeviceInt32&, int64_t, int64_t>(), "indptr"_a,
+           "indices"_a, "global_window"_a, "local_window"_a)
+      .def_prop_ro("global_window", [](const DeviceRows& rows) { return rows.index.global_window; })
+      .def_prop_ro("local_window", [](const DeviceRows& rows) { return rows.index.local_window; });
+  m.def("device_index_size", &device_index_size, "call"_a);
+  m.def("select_on_device", &call_select_on_device, "call"_a, "pattern"_a, "rows"_a,
+        "audit"_a.none(), "device_audit"_a.none(), "scratch"_a);
+  m.def("select_on_device_workspace_size", &call_select_on_device_workspace_size, "call"_a,
+        "pattern"_a);
+  m.def("attend_on_device", &call_attend_on_device, "call"_a, "rows"_a, "out"_a, "lse"_a.none(),
+        "scratch"_a);
+  m.def("attend_on_device_workspace_size", &call_attend_on_device_workspace_size, "call"_a);
+
+  m.def(
+      "wait_for_stream",
+      [](int32_t device, uintptr_t stream) {
+        nb::gil_scoped_release released;
+        wait_for_stream(device,
+                        reinterpret_cast<void*>(stream));  // NOLINT(performance-no-int-to-ptr)
+      },
+      "device"_a, "stream"_a);
+  m.def("cuda_info", &cuda_info_dict);
 
   m.def("version", &version);
   m.def("supported_cpu_targets", [] {

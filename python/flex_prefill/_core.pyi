@@ -63,12 +63,17 @@ class Tensor:
     def __init__(
         self, tensor: Any, name: str, writable: bool = False, bfloat16_bits: bool = False
     ) -> None: ...
+    @property
+    def on_cuda(self) -> bool: ...
 
 def empty_like_type(shape: Sequence[int], like: Tensor, float32: bool = False) -> Any:
-    """New uninitialised memory of like's element type, or float32; speaks DLPack."""
+    """New uninitialised CPU memory of like's element type, or float32; speaks DLPack."""
 
 class Call:
-    """Everything of a call but the pattern and the outputs."""
+    """Everything of a call but the pattern and the outputs.
+
+    device: number of the GPU, or -1: the CPU. stream: a cudaStream_t of that device.
+    """
 
     def __init__(
         self,
@@ -77,7 +82,7 @@ class Call:
         v: Tensor | None,
         cu_seqlens_q: NDArray[np.int32] | None,
         cu_seqlens_kv: NDArray[np.int32] | None,
-        page_table: NDArray[np.int32] | None,
+        page_table: Any,
         seqlens_kv: NDArray[np.int32] | None,
         softmax_scale: float | None,
         gqa_interleave: bool,
@@ -85,17 +90,58 @@ class Call:
         backend: str,
         cpu_target: str,
         num_threads: int,
+        device: int = -1,
+        stream: int = 0,
     ) -> None: ...
 
+# `scratch` is the workspace of a call on a GPU, uint8 on the device; None on the CPU.
 def prefill(
     call: Call,
     pattern: Pattern,
     out: Tensor,
     lse: Tensor | None,
     audit: NDArray[np.float32] | None,
+    scratch: Any = None,
 ) -> None: ...
 def prefill_workspace_size(call: Call, pattern: Pattern) -> int: ...
 def select(call: Call, pattern: Pattern, audit: NDArray[np.float32] | None) -> BlockIndex: ...
-def attend(call: Call, index: BlockIndex | None, out: Tensor, lse: Tensor | None) -> None: ...
+def attend(
+    call: Call, index: BlockIndex | None, out: Tensor, lse: Tensor | None, scratch: Any = None
+) -> None: ...
+def attend_workspace_size(call: Call) -> int: ...
+
+class DeviceRows:
+    """Borrowed arrays of an index on a GPU: int64 [rows + 1], int32 [capacity]."""
+
+    def __init__(
+        self, indptr: Any, indices: Any, global_window: int, local_window: int
+    ) -> None: ...
+    @property
+    def global_window(self) -> int: ...
+    @property
+    def local_window(self) -> int: ...
+
+def device_index_size(call: Call) -> tuple[int, int]:
+    """Rows of the call's index, and its most indices."""
+
+def select_on_device(
+    call: Call,
+    pattern: Pattern,
+    rows: DeviceRows,
+    audit: NDArray[np.float32] | None,
+    device_audit: Any,
+    scratch: Any,
+) -> None:
+    """Fills rows. With an audit, device_audit is uint8 device memory of its size; that waits."""
+
+def select_on_device_workspace_size(call: Call, pattern: Pattern) -> int: ...
+def attend_on_device(
+    call: Call, rows: DeviceRows, out: Tensor, lse: Tensor | None, scratch: Any
+) -> None: ...
+def attend_on_device_workspace_size(call: Call) -> int: ...
+def wait_for_stream(device: int, stream: int) -> None: ...
+def cuda_info() -> dict[str, Any]:
+    """built, runtime, driver, error, devices; see flex_prefill.info."""
+
 def version() -> str: ...
 def supported_cpu_targets() -> list[str]: ...

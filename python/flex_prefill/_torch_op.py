@@ -27,7 +27,9 @@ def _refuse_backward(ctx: Any, *gradients: Any) -> Any:
     )
 
 
-# Results that were not asked for are empty tensors: an op always returns the same number.
+# For the CPU and for CUDA: what it calls looks at the tensors' device. Results that were not asked
+# for are empty tensors, on q's device so that CUDA graphs can hold them: an op always returns the
+# same number.
 @torch.library.custom_op("flex_prefill::prefill", mutates_args=())
 def _prefill_op(
     q: torch.Tensor,
@@ -68,8 +70,8 @@ def _prefill_op(
     )
     return (
         out,
-        torch.empty(0) if lse is None else lse,
-        torch.empty(0) if rows is None else torch.from_numpy(rows),
+        q.new_empty(0, dtype=torch.float32) if lse is None else lse,
+        q.new_empty(0, dtype=torch.float32) if rows is None else torch.from_numpy(rows),
     )
 
 
@@ -94,11 +96,13 @@ def _prefill_fake(
     audit: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     lse = attention.lse_shape(q) if return_lse else (0,)
-    rows = attention.audit_shape(q, cu_seqlens_q) if audit else (0,)
     return (
         q.new_empty(attention.out_shape(q, v)),
         q.new_empty(lse, dtype=torch.float32),
-        q.new_empty(rows, dtype=torch.float32),
+        # An audit is on the CPU, wherever the call was.
+        torch.empty(attention.audit_shape(q, cu_seqlens_q), dtype=torch.float32, device="cpu")
+        if audit
+        else q.new_empty(0, dtype=torch.float32),
     )
 
 

@@ -2,9 +2,10 @@
 
     q, k, v --> select --> BlockIndex --> attend --> out (, lse)
 
-Tensors are torch's, NumPy's (bfloat16 through ml_dtypes), JAX's, or any other's that speaks DLPack;
-they are read where they are, and results are tensors of q's framework. Attention is causal and
-bottom-right aligned: the query at row i stands at position ``s_kv - s_q + i``.
+Tensors are torch's, NumPy's (bfloat16 through ml_dtypes), CuPy's, JAX's, or any other's that speaks
+DLPack; they are read where they are, and results are tensors of q's framework on q's device.
+Attention is causal and bottom-right aligned: the query at row i stands at position
+``s_kv - s_q + i``.
 
 ======  =====================  =====================================  ==========================
 layout  q                      k, v                                   lengths
@@ -21,13 +22,20 @@ page_table: [b, max_pages] integers, the pages of each sequence; seqlens_kv: [b]
 softmax_scale: 1 / sqrt(d_qk) by default.
 gqa_interleave: query head h reads K/V head ``h % h_kv`` instead of ``h // (h_q / h_kv)``.
 block_size: 32, 64 or 128, of queries and of keys, in tokens.
-backend: "auto", "cpu", or "reference" (double precision, slow on purpose).
+backend: "auto"; for tensors in CPU memory "cpu" or "reference" (double precision, slow on purpose);
+    for tensors on a GPU "cuda" (what suits the card), "sm80" or "sm90".
 cpu_target: "auto" or one of ``info()["cpu_targets"]``.
-num_threads: 0: as many as the process may use.
+num_threads: of the CPU backend; 0: as many as the process may use.
+
+On a GPU (bfloat16 and float16) a call is queued on the current stream of torch or CuPy, of the
+device that q is on, and takes its workspace from their allocators; all tensors are on that device,
+lengths on the CPU. Nothing waits and nothing is allocated outside the framework's allocator, so
+calls can be captured in CUDA graphs, with these exceptions, which wait for the stream: ``audit``,
+an index that lies on the CPU, and frameworks without a current stream (JAX).
 
 Errors, all before anything is written: ValueError for what is invalid (it names the tensor or
 option, what was expected and what came), UnsupportedError for what is valid but not in this build
-(a tensor on a GPU), TypeError for what is no tensor.
+or on this machine (a tensor on a GPU without the CUDA backends), TypeError for what is no tensor.
 
 The functions compute the forward pass only. Under torch's grad mode ``prefill`` and ``attend`` run
 on tensors that require a gradient, and ``backward()`` through the result raises RuntimeError.
@@ -36,13 +44,23 @@ on tensors that require a gradient, and ``backward()`` through the result raises
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, overload
+from dataclasses import replace
+from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from flex_prefill import _core
-from flex_prefill._tensors import Tensor, borrow, int32_array, is_torch, make_output
+from flex_prefill._call import Call, Lengths
+from flex_prefill._tensors import (
+    Tensor,
+    borrow,
+    exported,
+    is_cupy,
+    is_torch,
+    make_empty,
+    make_output,
+)
 from flex_prefill.audit import Audit
 from flex_prefill.block_index import BlockIndex
 from flex_prefill.patterns import FlexPrefill, Pattern, check_pattern
@@ -56,8 +74,6 @@ __all__ = [
     "prefill_workspace_size",
     "select",
 ]
-
-Lengths: TypeAlias = Any  # a tensor or list of integers, or None
 
 
 def _result(out: Tensor, lse: Tensor | None, audit: Audit | None) -> Any:
@@ -95,66 +111,36 @@ def audit_shape(q: Tensor, cu_seqlens_q: Lengths) -> tuple[int, int, int]:
     return (0 if cu_seqlens_q is None else max(len(cu_seqlens_q) - 1, 0), q.shape[1], 6)
 
 
-def _make_call(
-    q: _core.Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    *,
-    cu_seqlens_q: Lengths,
-    cu_seqlens_kv: Lengths,
-    page_table: Tensor | None,
-    seqlens_kv: Lengths,
-    softmax_scale: float | None,
-    gqa_interleave: bool,
-    block_size: int,
-    backend: str,
-    cpu_target: str,
-    num_threads: int,
-) -> _core.Call:
-    return _core.Call(
-        q,
-        borrow(k, "k"),
-        None if v is None else borrow(v, "v"),
-        int32_array(cu_seqlens_q, "cu_seqlens_q", 1),
-        int32_array(cu_seqlens_kv, "cu_seqlens_kv", 1),
-        int32_array(page_table, "page_table", 2),
-        int32_array(seqlens_kv, "seqlens_kv", 1),
-        softmax_scale,
-        gqa_interleave,
-        block_size,
-        backend,
-        cpu_target,
-        num_threads,
-    )
-
-
 def _compute(
-    run: Callable[[_core.Call, _core.Tensor, _core.Tensor | None], None],
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor | None,
     return_lse: bool,
     options: dict[str, Any],
+    stage: Callable[[Call, _core.Tensor, _core.Tensor | None], None],
 ) -> tuple[Tensor, Tensor | None]:
-    """Makes what the caller did not give, lets ``run(call, out, lse)`` fill it: (out, lse)."""
-    core_q = borrow(q, "q")
-    call = _make_call(core_q, k, v, **options)
+    """Makes what the caller did not give, lets ``stage(call, out, lse)`` fill it: (out, lse)."""
+    call = Call(q, k, v, **options)
     if out is None:
-        out, finish = make_output(out_shape(q, v), q, core_q)
-    elif is_torch(out) or isinstance(out, np.ndarray):
+        out, finish = make_output(out_shape(q, v), q, call.core_q)
+    elif is_torch(out) or is_cupy(out) or isinstance(out, np.ndarray):
         finish = None
     else:
         raise ValueError(
-            "out: expected a torch.Tensor or numpy.ndarray to write to, got "
+            "out: expected a torch.Tensor, numpy.ndarray or cupy.ndarray to write to, got "
             f"{type(out).__module__}.{type(out).__name__}"
         )
-    core_out = borrow(out, "out", writable=True)
+    core_out = call.borrow(out, "out", writable=True)
     if not return_lse:
-        run(call, core_out, None)
+        stage(call, core_out, None)
         return finish() if finish else out, None
-    lse, finish_lse = make_output(lse_shape(q), q, core_q, float32=True)
-    run(call, core_out, borrow(lse, "lse", writable=True))
+    lse, finish_lse = make_output(lse_shape(q), q, call.core_q, float32=True)
+    if call.device.kind == "cuda":  # borrow refuses float32 there
+        core_lse = _core.Tensor(exported(lse, call.stream), "lse")
+    else:
+        core_lse = borrow(lse, "lse", writable=True)
+    stage(call, core_out, core_lse)
     return finish() if finish else out, finish_lse()
 
 
@@ -172,10 +158,16 @@ def run_prefill(
     """out, lse and the audit's rows [b, h_q, 6]; the last two None where not asked for."""
     rows = np.empty(audit_shape(q, options["cu_seqlens_q"]), np.float32) if audit else None
 
-    def run(call: _core.Call, core_out: _core.Tensor, core_lse: _core.Tensor | None) -> None:
-        _core.prefill(call, pattern.to_core(), core_out, core_lse, rows)
+    def stage(call: Call, core_out: _core.Tensor, core_lse: _core.Tensor | None) -> None:
+        core_pattern = pattern.to_core()
+        call.run(
+            lambda: _core.prefill_workspace_size(call.core, core_pattern),
+            lambda scratch: _core.prefill(
+                call.core, core_pattern, core_out, core_lse, rows, scratch
+            ),
+        )
 
-    return *_compute(run, q, k, v, out, return_lse, options), rows
+    return *_compute(q, k, v, out, return_lse, options, stage), rows
 
 
 def run_attend(
@@ -189,12 +181,25 @@ def run_attend(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """out and lse, None where not asked for."""
-    core_index = None if index is None else index._core
 
-    def run(call: _core.Call, core_out: _core.Tensor, core_lse: _core.Tensor | None) -> None:
-        _core.attend(call, core_index, core_out, core_lse)
+    def stage(call: Call, core_out: _core.Tensor, core_lse: _core.Tensor | None) -> None:
+        rows = None if index is None else index._rows
+        if index is not None and rows is not None and rows.device == call.device:
+            call.check_rows(rows)
+            call.run(
+                lambda: _core.attend_on_device_workspace_size(call.core),
+                lambda scratch: _core.attend_on_device(
+                    call.core, call.core_rows(rows), core_out, core_lse, scratch
+                ),
+            )
+            return
+        core_index = None if index is None else index._core
+        call.run(
+            lambda: _core.attend_workspace_size(call.core),
+            lambda scratch: _core.attend(call.core, core_index, core_out, core_lse, scratch),
+        )
 
-    return _compute(run, q, k, v, out, return_lse, options)
+    return _compute(q, k, v, out, return_lse, options, stage)
 
 
 def prefill(
@@ -268,8 +273,8 @@ def prefill_workspace_size(
     """Bytes that ``prefill`` of a batch takes for the call, beyond its inputs and outputs."""
     _check_rank(q)
     check_pattern(pattern)
-    call = _make_call(
-        borrow(q, "q"),
+    call = Call(
+        q,
         k,
         v,
         cu_seqlens_q=None,
@@ -283,7 +288,7 @@ def prefill_workspace_size(
         cpu_target=cpu_target,
         num_threads=num_threads,
     )
-    return _core.prefill_workspace_size(call, pattern.to_core())
+    return _core.prefill_workspace_size(call.core, pattern.to_core())
 
 
 def select(
@@ -306,12 +311,13 @@ def select(
     """Decides, per head, which blocks matter: a BlockIndex, or ``(BlockIndex, Audit)``.
 
     A sequence with ``s_q <= block_size``, or ``s_kv <= max(2 * block_size, min_budget)`` rounded up
-    to blocks, keeps every causal block. Keywords, layouts and errors: see the module.
+    to blocks, keeps every causal block. On a GPU the index stays there: see BlockIndex. Keywords,
+    layouts and errors: see the module.
     """
     _check_rank(q)
     check_pattern(pattern)
-    call = _make_call(
-        borrow(q, "q"),
+    call = Call(
+        q,
         k,
         None,
         cu_seqlens_q=cu_seqlens_q,
@@ -326,8 +332,35 @@ def select(
         num_threads=num_threads,
     )
     rows = np.empty(audit_shape(q, cu_seqlens_q), np.float32) if audit else None
-    index = BlockIndex._wrap(_core.select(call, pattern.to_core(), rows))
+    core_pattern = pattern.to_core()
+    if call.device.kind == "cuda":
+        index = _select_on_device(call, core_pattern, rows)
+    else:
+        index = BlockIndex._wrap(_core.select(call.core, core_pattern, rows))
     return index if rows is None else (index, Audit.from_rows(rows))
+
+
+def _select_on_device(
+    call: Call, pattern: _core.Pattern, audit: npt.NDArray[np.float32] | None
+) -> BlockIndex:
+    size = _core.select_on_device_workspace_size(call.core, pattern)  # checks the call
+    rows = call.new_rows()
+    heads = None if audit is None else make_empty(call.q, (max(audit.nbytes, 1),), "uint8")
+    core_rows = call.core_rows(rows)
+    call.run(
+        lambda: size,
+        lambda scratch: _core.select_on_device(
+            call.core,
+            pattern,
+            core_rows,
+            audit,
+            None if heads is None else exported(heads, call.stream),
+            scratch,
+        ),
+    )
+    return BlockIndex._on_device(
+        replace(rows, global_window=core_rows.global_window, local_window=core_rows.local_window)
+    )
 
 
 def attend(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,41 @@ import numpy as np
 import numpy.typing as npt
 
 from flex_prefill import _core
+from flex_prefill._core import BlockIndex as CoreIndex
+from flex_prefill._tensors import Device, Tensor, to_host
 
 if TYPE_CHECKING:
     import torch
     from torch.nn.attention.flex_attention import BlockMask
 
 __all__ = ["BlockIndex"]
+
+
+@dataclass(frozen=True)
+class DeviceRows:
+    """The rows of an index on a GPU, and what else the index is made of."""
+
+    device: Device
+    indptr: Tensor  # int64 [rows + 1]
+    indices: Tensor  # int32 [every causal block]; used up to indptr[-1]
+    sequences: list[tuple[int, int]]
+    h_q: int
+    block_size: int
+    global_window: int
+    local_window: int
+
+    def to_core(self) -> _core.BlockIndex:
+        """The same on the CPU; waits for the GPU."""
+        indptr = to_host(self.indptr)
+        return _core.BlockIndex.make(
+            indptr,
+            to_host(self.indices[: int(indptr[-1])]),
+            self.sequences,
+            self.h_q,
+            self.block_size,
+            self.global_window,
+            self.local_window,
+        )
 
 
 class BlockIndex:
@@ -32,7 +62,15 @@ class BlockIndex:
     ``position(i) - j < local_window``.
 
     An index never changes; it is checked when it is made.
+
+    One that ``select`` made on a GPU stays there: ``indptr`` and ``indices`` are tensors of the
+    framework that q came from, and ``attend`` on that GPU takes them without waiting. Whatever else
+    needs the rows (density, check, masks, pictures, comparing, saving) copies them to the CPU
+    once, which waits for the GPU; ``cpu()`` gives an index that is there altogether.
     """
+
+    _host: CoreIndex | None
+    _rows: DeviceRows | None = None
 
     def __init__(
         self,
@@ -64,7 +102,7 @@ class BlockIndex:
         limits = np.iinfo(np.int32)
         if blocks.size and (blocks.min() < limits.min or blocks.max() > limits.max):
             raise ValueError("index: indices: expected numbers that fit int32")
-        self._core = _core.BlockIndex.make(
+        self._host = _core.BlockIndex.make(
             np.ascontiguousarray(starts, np.int64),
             np.ascontiguousarray(blocks, np.int32),
             [(int(s_q), int(s_kv)) for s_q, s_kv in sequences],
@@ -77,8 +115,35 @@ class BlockIndex:
     @classmethod
     def _wrap(cls, core: _core.BlockIndex) -> BlockIndex:
         index = cls.__new__(cls)
-        index._core = core
+        index._host = core
         return index
+
+    @classmethod
+    def _on_device(cls, rows: DeviceRows) -> BlockIndex:
+        index = cls.__new__(cls)
+        index._host, index._rows = None, rows
+        return index
+
+    @property
+    def _core(self) -> CoreIndex:
+        if self._host is None:
+            assert self._rows is not None
+            self._host = self._rows.to_core()
+        return self._host
+
+    @property
+    def _about(self) -> CoreIndex | DeviceRows:
+        """What knows lengths, heads, block size and windows without waiting."""
+        return self._core if self._rows is None else self._rows
+
+    @property
+    def device(self) -> str:
+        """Where the rows are: "cpu" or e.g. "cuda:0"."""
+        return "cpu" if self._rows is None else str(self._rows.device)
+
+    def cpu(self) -> BlockIndex:
+        """The same index on the CPU: itself if it is there, otherwise a copy; waits for the GPU."""
+        return self if self._rows is None else BlockIndex._wrap(self._core)
 
     @classmethod
     def dense(
@@ -138,36 +203,39 @@ class BlockIndex:
         return BlockIndex.from_bytes, (self.to_bytes(),)
 
     @property
-    def indptr(self) -> npt.NDArray[np.int64]:
-        """``[rows + 1]``, a read-only view."""
-        return self._core.indptr
+    def indptr(self) -> Any:
+        """int64 ``[rows + 1]``: a read-only NumPy view, or a tensor on the GPU."""
+        return self._core.indptr if self._rows is None else self._rows.indptr
 
     @property
-    def indices(self) -> npt.NDArray[np.int32]:
-        """``[indptr[-1]]`` key blocks, a read-only view."""
-        return self._core.indices
+    def indices(self) -> Any:
+        """int32 ``[indptr[-1]]`` key blocks: a read-only NumPy view, or a tensor on the GPU, whose
+        length is asked for there: that waits."""
+        if self._rows is None:
+            return self._core.indices
+        return self._rows.indices[: int(to_host(self._rows.indptr[-1:])[0])]
 
     @property
     def block_size(self) -> int:
         """Tokens of a block, of queries and of keys."""
-        return self._core.block_size
+        return self._about.block_size
 
     @property
     def h_q(self) -> int:
-        return self._core.h_q
+        return self._about.h_q
 
     @property
     def global_window(self) -> int:
-        return self._core.global_window
+        return self._about.global_window
 
     @property
     def local_window(self) -> int:
-        return self._core.local_window
+        return self._about.local_window
 
     @property
     def sequences(self) -> list[tuple[int, int]]:
         """(s_q, s_kv) of each sequence, in tokens."""
-        return self._core.sequences
+        return self._about.sequences
 
     @property
     def density(self) -> float:
@@ -187,9 +255,10 @@ class BlockIndex:
         return hash(self.to_bytes())
 
     def __repr__(self) -> str:
+        where = f"density={self.density:.3f}" if self._rows is None else f"device={self.device}"
         return (
             f"BlockIndex(sequences={self.sequences}, h_q={self.h_q}, "
-            f"block_size={self.block_size}, density={self.density:.3f})"
+            f"block_size={self.block_size}, {where})"
         )
 
     def _grid(self, sequence: int) -> tuple[int, int, int]:
@@ -203,10 +272,10 @@ class BlockIndex:
             raise IndexError(f"head: expected 0 to {self.h_q - 1}, got {head}")
         _, n_q, n_kv = self._grid(sequence)
         first = sum(self.h_q * self._grid(s)[1] for s in range(sequence)) + head * n_q
-        starts = self.indptr[first : first + n_q + 1]
+        starts = self._core.indptr[first : first + n_q + 1]
         rows = np.repeat(np.arange(n_q), np.diff(starts))
         mask = np.zeros((n_q, n_kv), np.bool_)
-        mask[rows, self.indices[starts[0] : starts[-1]]] = True
+        mask[rows, self._core.indices[starts[0] : starts[-1]]] = True
         return mask
 
     def to_block_mask(self, device: str | torch.device = "cpu") -> BlockMask:

@@ -53,7 +53,11 @@ BATCH_ERRORS = {
     ),
     # Options.
     "block size": ("block_size", 16, "block_size: expected 32, 64 or 128, got 16"),
-    "backend": ("backend", "gpu", 'backend: expected "auto", "reference" or "cpu", got "gpu"'),
+    "backend": (
+        "backend",
+        "gpu",
+        'backend: expected "auto", "cpu", "reference", "cuda", "sm80" or "sm90", got "gpu"',
+    ),
     "target": ("cpu_target", "sse", 'cpu_target: expected one of .*, got "sse"'),
     "threads": ("num_threads", -1, "num_threads: expected at least 0, got -1"),
     "scale": ("softmax_scale", float("nan"), "softmax_scale: expected a finite number, got nan"),
@@ -178,7 +182,10 @@ def test_what_is_no_pattern():
             "out: expected strides that give every element its own place",
         ),
         (zeros(1, 100, 4, 64)[..., ::2], "out: expected a contiguous last dimension"),
-        ([[0.0]], "out: expected a torch.Tensor or numpy.ndarray to write to, got builtins.list"),
+        (
+            [[0.0]],
+            "out: expected a torch.Tensor, numpy.ndarray or cupy.ndarray .*, got builtins.list",
+        ),
     ],
     ids=range(7),
 )
