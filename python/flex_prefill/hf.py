@@ -31,6 +31,7 @@ from transformers.utils import logging
 from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.import_utils import is_tracing
 
+from flex_prefill import _core
 from flex_prefill.attention import prefill
 from flex_prefill.patch import check_config, pattern_of
 
@@ -43,7 +44,10 @@ NAME = "flex_prefill"
 
 logger = logging.get_logger(__name__)
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = {
+    "cpu": (torch.float32, torch.float16, torch.bfloat16),
+    "cuda": (torch.float16, torch.bfloat16),
+}
 # Arguments of attention functions that ask for more than softmax(scale * q k^T) v.
 _EXTENSIONS = (
     "block_indices",
@@ -159,7 +163,7 @@ def causal_mask_or_own(
         mask_function is not causal_mask_function
         or kv_offset != 0
         or not allow_is_causal_skip
-        or device.type != "cpu"
+        or not _computes_on(device)
         or is_tracing(attention_mask)
         or q_length <= _settings(config)[1]  # few rows: dense anyway
     ):
@@ -228,13 +232,27 @@ def _is_plain(
         and not kwargs.get("output_attentions")
         and not getattr(module.config, "output_attentions", False)
         and _supports_sdpa(type(module.config))
-        and all(t.device.type == "cpu" and t.dtype == query.dtype for t in tensors)
-        and query.dtype in _DTYPES
+        and all(t.device == query.device and t.dtype == query.dtype for t in tensors)
+        and _computes_on(query.device)
+        and query.dtype in _DTYPES[query.device.type]
         and all(16 <= t.shape[3] <= 256 and t.shape[3] % 8 == 0 for t in tensors)
         and query.shape[2] == mask.shape[2]
         and key.shape[2] == value.shape[2] == mask.shape[3]
         and query.shape[0] == key.shape[0] == mask.shape[0]
         and query.shape[1] % key.shape[1] == 0
+    )
+
+
+@lru_cache
+def _computes_on(device: torch.device) -> bool:
+    """Whether prefill takes tensors of the device: the CPU's, and those of a GPU that this build
+    has kernels for (compute capability 8.0 and up)."""
+    if device.type != "cuda":
+        return device.type == "cpu"
+    return (
+        torch.version.cuda is not None
+        and bool(_core.cuda_info()["built"])
+        and torch.cuda.get_device_capability(device) >= (8, 0)
     )
 
 
@@ -289,8 +307,8 @@ def _prefill(
 
 
 def _starts(lengths: torch.Tensor) -> torch.Tensor:
-    """Lengths [b] -> starts int32 [b + 1]."""
-    return torch.nn.functional.pad(lengths.cumsum(dim=0), (1, 0)).to(torch.int32)
+    """Lengths [b] -> starts int32 [b + 1], on the CPU, which plans the call."""
+    return torch.nn.functional.pad(lengths.cpu().cumsum(dim=0), (1, 0)).to(torch.int32)
 
 
 def _stored(config: PreTrainedConfig | None) -> dict[str, Any]:
