@@ -74,11 +74,15 @@ def info() -> dict[str, Any]:
     """What this build has and this machine runs.
 
     version; cpu_targets: names for ``cpu_target``, best first; threads: as many as the process may
-    use.
+    use; cuda: whether this build has the CUDA backends (``built``), its CUDA version (``runtime``)
+    and the newest that the driver runs (``driver``), as 13000 for 13.0, 0 for none; ``devices``:
+    the GPUs, each with ``name``, ``compute_capability`` (major, minor), ``multiprocessors`` and
+    ``memory_bytes``; ``error``: why there are none, if the runtime said so.
     """
     affinity = getattr(os, "sched_getaffinity", None)
     return {
         "version": __version__,
         "cpu_targets": _core.supported_cpu_targets(),
         "threads": len(affinity(0)) if affinity else os.cpu_count() or 1,
+        "cuda": _core.cuda_info(),
     }
