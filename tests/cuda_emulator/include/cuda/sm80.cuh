@@ -15,6 +15,8 @@ namespace flexprefill {
 
 using cuda_emulator::Where;
 
+inline int32_t fresh_thread() { return static_cast<int32_t>(cuda_emulator::thread_index.x); }
+
 inline uint32_t shared_address(const void* pointer, Where where = Where::current()) {
   return cuda_emulator::shared_address(pointer, 0, 1, "shared_address", where);
 }
