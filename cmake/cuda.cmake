@@ -26,7 +26,9 @@ endif()
 
 # As on the host, a product and a sum of select round separately; where they may be fused, it says
 # fmaf.
-set_source_files_properties(src/select/select_cuda.cu PROPERTIES COMPILE_OPTIONS -fmad=false)
+if(NOT FLEXPREFILL_CUDA_EMULATOR)
+  set_source_files_properties(src/select/select_cuda.cu PROPERTIES COMPILE_OPTIONS -fmad=false)
+endif()
 
 set(flexprefill_with_cuda OFF)
 set(flexprefill_cudart CUDA::cudart_static)
