@@ -80,6 +80,22 @@ class StagedCall {
 #endif
   }
 
+#if defined(FLEXPREFILL_WITH_CUDA)
+  // New numbers for the same call on the device: q, k and v of a case of the same shapes.
+  void rewrite(const CaseData& data) {
+    const TensorView* from[] = {&data.input.q, &data.input.k, &data.input.v};
+    for (size_t i = 0; i < 3; ++i) {
+      memory_[i].write(static_cast<std::byte*>(from[i]->data) + ViewSpan(*from[i]).first);
+    }
+  }
+  // finish, with the results in another case of the same shapes.
+  void finish_into(CaseData& data) {
+    host_out_ = data.out;
+    host_lse_ = data.lse;
+    finish();
+  }
+#endif
+
   AttentionInput input;
   TensorView out, lse;
 
