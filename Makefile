@@ -7,7 +7,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 BUILD := build/$(PRESET)
 PACKAGE_SOURCES := pyproject.toml CMakeLists.txt \
   $(shell find cmake include src python -type f -not -path '*/__pycache__/*')
-CPP_FILES = $(shell git ls-files '*.cc' '*.c' '*.h')
+CPP_FILES = $(shell git ls-files '*.cc' '*.c' '*.h' '*.cu' '*.cuh')
 # Those that include no other engine's headers and are read quickly.
 TIDY_FILES := src/api.cc src/backend.cc src/c_api.cc src/validate.cc src/index/block_index.cc
 

@@ -5,7 +5,8 @@ option(FLEXPREFILL_CUDA_EMULATOR
   "Build the CUDA backends for a device in software (tests/cuda_emulator), to test them" OFF)
 
 # Every card from compute capability 8.0 on; the PTX is for cards that came later.
-set(flexprefill_cuda_architectures 80-real 86-real 89 90a-real)
+set(FLEXPREFILL_CUDA_ARCHITECTURES 80-real 86-real 89 90a-real CACHE STRING
+  "Cards to compile for; fewer compile faster. The Hopper kernel is always compiled for 90a")
 set(flexprefill_cuda_sources src/cuda/device_index.cu src/cuda/device_problem.cu)
 set(flexprefill_cuda_definitions "")
 # What needs wgmma and TMA.
