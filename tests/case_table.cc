@@ -44,6 +44,12 @@ std::vector<Case> all_cases() {
        .h_kv = 2,
        .dtype = f16,
        .layout = kStrided},
+      {.name = "odd",
+       .lengths = {{210, 350}, {210, 350}},
+       .h_q = 4,
+       .h_kv = 2,
+       .dtype = bf16,
+       .layout = kOdd},
       {.name = "packed",
        .lengths = {{1, 1}, {300, 300}, {70, 333}, {128, 128}},
        .h_q = 4,
@@ -148,6 +154,17 @@ void CaseData::lay_out() {
     input.v.data = static_cast<std::byte*>(kv.data) + c.d_qk * size;
     out = make(out_memory_, {b, s_q, c.h_q, c.d_v + 8});
     out.shape[3] = c.d_v;
+  } else if (c.layout == Layout::kOdd) {
+    const auto odd = [&](std::vector<std::byte>& memory, int64_t s, int64_t h, int64_t d) {
+      TensorView view = make(memory, {b, s, h, d + 1});
+      view.shape[3] = d;
+      view.data = static_cast<std::byte*>(view.data) + size;
+      return view;
+    };
+    input.q = odd(q_memory_, s_q, c.h_q, c.d_qk);
+    input.k = odd(kv_memory_, s_kv, c.h_kv, c.d_qk);
+    input.v = odd(v_memory_, s_kv, c.h_kv, c.d_v);
+    out = odd(out_memory_, s_q, c.h_q, c.d_v);
   } else {
     input.q = make(q_memory_, {t_q, c.h_q, c.d_qk});
     out = make(out_memory_, {t_q, c.h_q, c.d_v});

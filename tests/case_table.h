@@ -10,7 +10,9 @@
 
 namespace flexprefill::testing {
 
-enum class Layout { kBatch, kPacked, kPaged, kStrided };
+// kStrided: heads and sequences in other orders, K and V side by side; kOdd: rows that start at any
+// element, so that none is aligned to more than one.
+enum class Layout { kBatch, kPacked, kPaged, kStrided, kOdd };
 
 // What the numbers look like.
 enum class Fill {
@@ -23,7 +25,8 @@ enum class Fill {
 
 struct Case {
   std::string name;
-  std::vector<SequenceLengths> lengths;  // one length for kBatch and kStrided: all sequences alike
+  std::vector<SequenceLengths>
+      lengths;  // one length but for kPacked and kPaged: all sequences alike
   int32_t h_q = 2, h_kv = 1, d_qk = 64, d_v = 64;
   DType dtype = DType::kFloat32;
   int32_t block_size = 64;

@@ -67,9 +67,9 @@ class Random {
 Call random_call(Random& random, const std::vector<Execution>& executions, uint32_t seed) {
   Call call;
   Case& c = call.c;
-  c.layout =
-      random.one_of(std::array{Layout::kBatch, Layout::kPacked, Layout::kPaged, Layout::kStrided});
-  const bool alike = c.layout == Layout::kBatch || c.layout == Layout::kStrided;
+  c.layout = random.one_of(
+      std::array{Layout::kBatch, Layout::kPacked, Layout::kPaged, Layout::kStrided, Layout::kOdd});
+  const bool alike = c.layout != Layout::kPacked && c.layout != Layout::kPaged;
   for (int64_t s = random.between(1, 3); s > 0; --s) {
     const int64_t s_kv = random.between(1, 400);
     const int64_t s_q = random.between(0, 1) != 0 ? s_kv : random.between(1, s_kv);
