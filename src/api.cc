@@ -26,6 +26,26 @@ TokenWindow token_window(const Pattern& pattern) {
   return {};
 }
 
+bool mean_correction(const Pattern& pattern) {
+  const auto* flash = std::get_if<FlashPrefill>(&pattern);
+  return flash != nullptr && flash->mean_correction;
+}
+
+// Refuses what no backend computes, and what this one does not.
+void check_pattern(const Pattern& pattern, const Execution& execution) {
+  validate_pattern(pattern);
+  const char* name = std::holds_alternative<XAttention>(pattern)     ? "xattention"
+                     : std::holds_alternative<FlashPrefill>(pattern) ? "flash_prefill"
+                     : std::holds_alternative<MInference>(pattern)   ? "minference"
+                                                                     : nullptr;
+  if (name != nullptr && is_cuda(execution.backend)) {
+    throw Error(ErrorCode::kUnsupported,
+                std::string("pattern: ") + name +
+                    " runs on the reference and cpu backends only; on a GPU choose dense, "
+                    "flex_prefill, vertical_slash or streaming_llm");
+  }
+}
+
 // Each stage as one function for both the size query (a counting arena) and the call.
 BlockBits lay_out_bits(const Problem& problem, Arena& arena) {
   BlockBits bits = BlockBits::layout(problem);
@@ -35,6 +55,7 @@ BlockBits lay_out_bits(const Problem& problem, Arena& arena) {
 
 BlockBits run_select(const Problem& problem, const Pattern& pattern, const Execution& execution,
                      Arena& arena, std::span<HeadAudit> audit) {
+  validate_pattern_heads(problem, pattern);
   const BackendApi& backend = backend_api(execution.backend);
   const BlockBits bits = lay_out_bits(problem, arena);
   backend.select(problem, pattern, execution, arena, bits, audit);
@@ -43,6 +64,7 @@ BlockBits run_select(const Problem& problem, const Pattern& pattern, const Execu
 
 void run_prefill(const Problem& problem, const Pattern& pattern, const Execution& execution,
                  Arena& arena, std::span<HeadAudit> audit) {
+  validate_pattern_heads(problem, pattern);
   const BackendApi& backend = backend_api(execution.backend);
   const bool dense = backend.on_device != nullptr
                          ? std::holds_alternative<Dense>(pattern)
@@ -53,7 +75,10 @@ void run_prefill(const Problem& problem, const Pattern& pattern, const Execution
     return;
   }
   const BlockBits bits = lay_out_bits(problem, arena);
-  const BlockRows rows{.csr = nullptr, .bits = &bits, .window = token_window(pattern)};
+  const BlockRows rows{.csr = nullptr,
+                       .bits = &bits,
+                       .window = token_window(pattern),
+                       .mean_correction = mean_correction(pattern)};
   if (backend.on_device != nullptr) {
     backend.on_device->prefill(problem, pattern, rows, execution, arena, audit);
     return;
@@ -93,7 +118,7 @@ void check_device_index(const Problem& problem, const DeviceBlockIndex& index) {
 void select(const AttentionInput& input, const Pattern& pattern, const Execution& execution,
             Workspace workspace, BlockIndex& index, std::span<HeadAudit> audit) {
   check_execution(execution);
-  validate_pattern(pattern);
+  check_pattern(pattern, execution);
   const Problem problem = make_problem(input, Purpose::kSelect, execution.backend);
   validate_audit(problem, audit);
   Arena arena(workspace);
@@ -103,13 +128,13 @@ void select(const AttentionInput& input, const Pattern& pattern, const Execution
     words = on_device->read_bits(bits, execution);
     bits.words = words.data();
   }
-  index = to_block_index(problem, bits, token_window(pattern));
+  index = to_block_index(problem, bits, token_window(pattern), mean_correction(pattern));
 }
 
 size_t select_workspace_size(const AttentionInput& input, const Pattern& pattern,
                              const Execution& execution) {
   check_execution(execution);
-  validate_pattern(pattern);
+  check_pattern(pattern, execution);
   Arena arena;
   run_select(make_problem(input, Purpose::kSelectSize, execution.backend), pattern, execution,
              arena, {});
@@ -125,6 +150,11 @@ void attend(const AttentionInput& input, const BlockIndex* index, const Executio
     validate_index(problem, *index);
     rows.csr = index;
     rows.window = TokenWindow::of(index->global_window, index->local_window);
+    rows.mean_correction = index->mean_correction;
+    if (rows.mean_correction && is_cuda(execution.backend)) {
+      throw Error(ErrorCode::kUnsupported,
+                  "index: mean_correction runs on the reference and cpu backends only");
+    }
   }
   Arena arena(workspace);
   backend_api(execution.backend).attend(problem, rows, execution, arena);
@@ -134,9 +164,9 @@ size_t attend_workspace_size(const AttentionInput& input, const Execution& execu
   check_execution(execution);
   Arena arena;
   const BlockIndex any;
+  const BlockRows most{.csr = &any, .mean_correction = !is_cuda(execution.backend)};
   backend_api(execution.backend)
-      .attend(make_problem(input, Purpose::kAttendSize, execution.backend), BlockRows{.csr = &any},
-              execution, arena);
+      .attend(make_problem(input, Purpose::kAttendSize, execution.backend), most, execution, arena);
   return arena.bytes();
 }
 
@@ -144,7 +174,7 @@ void prefill(const AttentionInput& input, const Pattern& pattern, const Executio
              Workspace workspace, const TensorView& out, const TensorView& lse,
              std::span<HeadAudit> audit) {
   check_execution(execution);
-  validate_pattern(pattern);
+  check_pattern(pattern, execution);
   const Problem problem = make_problem(input, Purpose::kAttend, execution.backend, &out, &lse);
   validate_audit(problem, audit);
   Arena arena(workspace);
@@ -154,7 +184,7 @@ void prefill(const AttentionInput& input, const Pattern& pattern, const Executio
 size_t prefill_workspace_size(const AttentionInput& input, const Pattern& pattern,
                               const Execution& execution) {
   check_execution(execution);
-  validate_pattern(pattern);
+  check_pattern(pattern, execution);
   Arena arena;
   run_prefill(make_problem(input, Purpose::kAttendSize, execution.backend), pattern, execution,
               arena, {});
@@ -173,7 +203,7 @@ void select_on_device(const AttentionInput& input, const Pattern& pattern,
                       const Execution& execution, Workspace workspace, DeviceBlockIndex& index,
                       HeadAudit* audit) {
   const BackendApi::OnDevice& backend = device_api(execution, "select_on_device");
-  validate_pattern(pattern);
+  check_pattern(pattern, execution);
   const Problem problem = make_problem(input, Purpose::kSelect, execution.backend);
   check_device_index(problem, index);
   if (const int64_t most = most_indices(problem); index.capacity < most) {
@@ -191,7 +221,7 @@ void select_on_device(const AttentionInput& input, const Pattern& pattern,
 size_t select_on_device_workspace_size(const AttentionInput& input, const Pattern& pattern,
                                        const Execution& execution) {
   const BackendApi::OnDevice& backend = device_api(execution, "select_on_device");
-  validate_pattern(pattern);
+  check_pattern(pattern, execution);
   Arena arena;
   backend.select_on_device(make_problem(input, Purpose::kSelectSize, execution.backend), pattern,
                            execution, arena, {}, nullptr);

@@ -94,6 +94,8 @@ enum class Purpose { kSelect, kAttend, kSelectSize, kAttendSize };
 Problem make_problem(const AttentionInput& input, Purpose purpose, Backend backend,
                      const TensorView* out = nullptr, const TensorView* lse = nullptr);
 void validate_pattern(const Pattern& pattern);
+// A pattern of per-head choices must have one for each query head.
+void validate_pattern_heads(const Problem& problem, const Pattern& pattern);
 void validate_audit(const Problem& problem, std::span<HeadAudit> audit);
 // The index must be of this problem's lengths, heads and block size, and well formed.
 void validate_index(const Problem& problem, const BlockIndex& index);

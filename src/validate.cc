@@ -393,51 +393,6 @@ Problem make_problem(const AttentionInput& input, Purpose purpose, Backend backe
   return problem;
 }
 
-namespace {
-
-void check_unit(float value, const char* name, bool zero_allowed) {
-  const bool in_range = zero_allowed ? value >= 0 && value <= 1 : value > 0 && value <= 1;
-  if (!in_range) {  // also a NaN
-    refuse(std::string(name) + ": expected a number in " + (zero_allowed ? "[0" : "(0") +
-           ", 1], got " + std::to_string(value));
-  }
-}
-
-void check_at_least(int64_t value, int64_t least, const char* name) {
-  if (value < least) {
-    refuse(std::string(name) + ": expected at least " + std::to_string(least) + " tokens, got " +
-           std::to_string(value));
-  }
-}
-
-struct PatternCheck {
-  void operator()(const Dense&) const {}
-  void operator()(const FlexPrefill& p) const {
-    check_unit(p.gamma, "gamma", false);
-    check_unit(p.tau, "tau", true);
-    check_at_least(p.min_budget, 0, "min_budget");
-    if (p.max_budget) {
-      check_at_least(*p.max_budget, 0, "max_budget");
-      if (*p.max_budget < p.min_budget) {
-        refuse("max_budget: expected at least min_budget = " + std::to_string(p.min_budget) +
-               ", got " + std::to_string(*p.max_budget));
-      }
-    }
-  }
-  void operator()(const VerticalSlash& p) const {
-    check_at_least(p.vertical_size, 0, "vertical_size");
-    check_at_least(p.slash_size, 0, "slash_size");
-  }
-  void operator()(const StreamingLlm& p) const {
-    check_at_least(p.global_window, 0, "global_window");
-    check_at_least(p.local_window, 1, "local_window");
-  }
-};
-
-}  // namespace
-
-void validate_pattern(const Pattern& pattern) { std::visit(PatternCheck{}, pattern); }
-
 void validate_audit(const Problem& problem, std::span<HeadAudit> audit) {
   const int64_t expected = problem.b() * problem.h_q;
   if (!audit.empty() && static_cast<int64_t>(audit.size()) != expected) {

@@ -20,6 +20,13 @@ inline std::vector<Execution> cpu_executions() {
   return all;
 }
 
+// The backends that have every pattern.
+inline std::vector<Execution> host_executions() {
+  std::vector<Execution> all = cpu_executions();
+  all.insert(all.begin(), Execution{.backend = Backend::kReference});
+  return all;
+}
+
 // Those whose size query, which asks for the card, `works` for.
 template <typename Works>
 std::vector<Execution> cuda_executions(const Works& works) {
@@ -49,8 +56,7 @@ inline std::vector<Execution> cuda_executions(Stage stage) {
 }
 
 inline std::vector<Execution> executions(Stage stage = Stage::kPrefill) {
-  std::vector<Execution> all = cpu_executions();
-  all.insert(all.begin(), Execution{.backend = Backend::kReference});
+  std::vector<Execution> all = host_executions();
   const std::vector<Execution> cuda = cuda_executions(stage);
   all.insert(all.end(), cuda.begin(), cuda.end());
   return all;

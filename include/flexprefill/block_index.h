@@ -33,11 +33,17 @@ FLEXPREFILL_API int64_t causal_blocks(const BlockGrid& grid);
 //
 // With `global_window` or `local_window` above 0, kept blocks are masked further by token: query i
 // sees key j only if j < global_window or pos_i - j < local_window (streaming_llm, exact).
+//
+// With `mean_correction`, the blocks before its diagonal that a row does not keep are not left out:
+// each counts as block_size keys that all are the mean of its keys, and whose values are the mean
+// of its values (FlashPrefill's zero-order correction, arXiv 2608.19758), means rounded to the
+// element type. Not together with windows; host backends only.
 struct FLEXPREFILL_API BlockIndex {
   int32_t block_size = 128;
   int32_t h_q = 0;
   int64_t global_window = 0;
   int64_t local_window = 0;
+  bool mean_correction = false;
   std::vector<SequenceLengths> sequences;
   std::vector<int64_t> indptr{0};  // [rows + 1]
   std::vector<int32_t> indices;    // [indptr.back()]

@@ -37,13 +37,57 @@ struct StreamingLlm {
   int64_t local_window = 8192;   // tokens, at least 1
 };
 
-using Pattern = std::variant<Dense, FlexPrefill, VerticalSlash, StreamingLlm>;
+// XAttention (arXiv 2503.16428): a block counts as the sum of its antidiagonals. Queries and keys
+// are taken in groups of `stride`, from token 0; a pair of groups scores scale / stride times the
+// sum of q[stride - 1 - t] . k[t], softmax over the groups up to the query's own, and a block the
+// sum over its pairs. Each query block keeps its own block, block 0, and then the best until they
+// reach the share `threshold` of its sum.
+struct XAttention {
+  int64_t stride = 16;     // tokens, 8 or 16
+  float threshold = 0.9f;  // in (0, 1]
+};
+
+// FlashPrefill (arXiv 2603.06199; the correction: arXiv 2608.19758): each query scores the mean of
+// each key block whose last key it sees, a query block sums exp(score - its greatest), and the
+// blocks are kept whose sum is at least `alpha` times the greatest sum. Beside them, in whole
+// blocks, the first global_window keys, the last local_window keys of each query block, and all
+// keys of the last `last_queries` queries.
+struct FlashPrefill {
+  float alpha = 0.1f;           // in [0, 1]; 0 keeps everything
+  int64_t global_window = 256;  // tokens
+  int64_t local_window = 512;   // tokens, at least 1
+  int64_t last_queries = 1024;  // tokens
+  bool mean_correction = true;  // BlockIndex::mean_correction
+};
+
+// What one query head keeps under MInference; sizes are tokens and are spent on whole blocks.
+struct MInferenceHead {
+  enum class Kind : int32_t {
+    kAShape = 0,         // the first `vertical_size` keys, and the last `slash_size` of each query
+    kVerticalSlash = 1,  // as VerticalSlash
+    kBlockSparse = 2,    // of each query block the best `vertical_size` keys, by block means
+  };
+  Kind kind = Kind::kVerticalSlash;
+  int64_t vertical_size = 1024;
+  int64_t slash_size = 1024;  // a-shape: at least 1; block-sparse: unused
+};
+
+// MInference (arXiv 2407.02490): a pattern for each query head, found beforehand for each layer of
+// a model. A block-sparse query block scores scale * mean(q) . mean(k) and always keeps its own
+// block.
+struct MInference {
+  std::span<const MInferenceHead> heads;  // [h_q], borrowed for the call
+};
+
+using Pattern = std::variant<Dense, FlexPrefill, VerticalSlash, StreamingLlm, XAttention,
+                             FlashPrefill, MInference>;
 
 enum class HeadPattern : int32_t {
   kDense = 0,
   kVerticalSlash = 1,
   kQueryAware = 2,
   kStreaming = 3,
+  kBlockSparse = 4,  // by a score for each block: XAttention, FlashPrefill, MInference
 };
 
 // What was decided for one query head of one sequence.

@@ -9,17 +9,21 @@
 // Only blocks on the diagonal, at the end of the keys and at the edges of a token window are
 // masked. There a key that some queries do not see may hold a NaN, which a weight of 0 would not
 // keep out of their output: rows of V that are not finite are set aside and added query by query.
+// With mean_correction the blocks that a row has dropped follow as one key each, the block's means,
+// with log2(B) added to the score: tiles of up to kMaxKeys blocks, without a mask.
 // What bounds it, and what was tried: docs/cpu.md.
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "backend.h"
 #include "cpu/parallel.h"
 #include "cpu/tile_ops.h"
 #include "math.h"
+#include "select/select_blocks_cpu.h"
 
 namespace flexprefill {
 namespace {
@@ -38,13 +42,15 @@ struct Scratch {
   float* max;
   float* sum;
   int32_t* blocks;
+  int32_t* dropped;
+  float* mean;
 };
 
 int panels_of(int64_t n_queries, const TileOps& ops) {
   return static_cast<int>(ceil_div(n_queries, ops.panel));
 }
 
-Scratch take_scratch(const Problem& problem, const TileOps& ops, Arena& arena) {
+Scratch take_scratch(const Problem& problem, const TileOps& ops, bool means, Arena& arena) {
   const int panels = panels_of(problem.block_size, ops);
   int64_t n_kv = 0;
   for (const BlockGrid& grid : problem.grids) n_kv = std::max(n_kv, grid.n_kv);
@@ -55,8 +61,58 @@ Scratch take_scratch(const Problem& problem, const TileOps& ops, Arena& arena) {
           .o = arena.take<float>(panels * TileOps::output_rows(problem.d_v) * ops.panel),
           .max = arena.take<float>(panels * ops.panel),
           .sum = arena.take<float>(panels * ops.panel),
-          .blocks = arena.take<int32_t>(n_kv)};
+          .blocks = arena.take<int32_t>(n_kv),
+          .dropped = arena.take<int32_t>(means ? n_kv : 0),
+          .mean = arena.take<float>(means ? std::max(problem.d_qk, problem.d_v) : 0)};
 }
+
+// Means of the whole key blocks of every sequence and K/V head, in the element type.
+class BlockMeans {
+ public:
+  BlockMeans(const Problem& problem, Arena& arena) : problem_(problem) {
+    first_.assign(1, 0);
+    for (const BlockGrid& grid : problem.grids) {
+      first_.push_back(first_.back() + problem.h_kv * grid.n_kv);
+    }
+    k_ = arena.take<std::byte>(first_.back() * bytes(problem.d_qk));
+    v_ = arena.take<std::byte>(first_.back() * bytes(problem.d_v));
+  }
+  // Of sequence s; one K/V head and block after the other. mean: scratch [d_qk or d_v].
+  void fill(const SelectOps& ops, int64_t task, float* mean) const {
+    const auto next = std::upper_bound(first_.begin(), first_.end(), task);
+    const int64_t s = next - first_.begin() - 1;
+    const int64_t n_kv = problem_.grids[s].n_kv, at = task - first_[s];
+    const RowRange keys{at % n_kv * problem_.block_size, (at % n_kv + 1) * problem_.block_size};
+    if (keys.end > problem_.lengths[s].s_kv) return;  // no row drops it
+    const auto head = static_cast<int32_t>(at / n_kv);
+    store(ops, problem_.k(s, head), keys, problem_.d_qk, mean, k_ + task * bytes(problem_.d_qk));
+    store(ops, problem_.v(s, head), keys, problem_.d_v, mean, v_ + task * bytes(problem_.d_v));
+  }
+  int64_t tasks() const { return first_.back(); }
+  RowView k(int64_t s, int32_t kv) const { return rows(k_, problem_.d_qk, s, kv); }
+  RowView v(int64_t s, int32_t kv) const { return rows(v_, problem_.d_v, s, kv); }
+
+ private:
+  int64_t bytes(int32_t d) const { return static_cast<int64_t>(d * element_size(problem_.dtype)); }
+  RowView rows(std::byte* base, int32_t d, int64_t s, int32_t kv) const {
+    RowView view;
+    view.row_stride = bytes(d);
+    view.base = base + (first_[s] + kv * problem_.grids[s].n_kv) * view.row_stride;
+    return view;
+  }
+  void store(const SelectOps& ops, const RowView& view, RowRange keys, int32_t d, float* mean,
+             std::byte* to) const {
+    mean_rows(ops, view, keys, d, problem_.dtype, mean);
+    for (int32_t c = 0; c < d; ++c) {
+      store_float(to + c * element_size(problem_.dtype), problem_.dtype, mean[c]);
+    }
+  }
+
+  const Problem& problem_;
+  std::vector<int64_t> first_;  // [b + 1]
+  std::byte* k_ = nullptr;
+  std::byte* v_ = nullptr;
+};
 
 // inf and NaN have all exponent bits set.
 template <typename Bits>
@@ -80,8 +136,9 @@ bool is_finite_row(const std::byte* row, int d, DType dtype) {
 
 class Task {
  public:
+  // means: nullptr, or with rows.mean_correction
   Task(const Problem& problem, const BlockRows& rows, const TileOps& ops, const Scratch& scratch,
-       int64_t sequence, int32_t head, int64_t q_row)
+       const BlockMeans* means, int64_t sequence, int32_t head, int64_t q_row)
       : problem_(problem),
         window_(rows.window),
         ops_(ops),
@@ -95,6 +152,11 @@ class Task {
     n_queries_ = static_cast<int>(std::min((block + 1) * problem.block_size, s_kv_) - first_);
     first_row_ = first_ - offset;
     n_blocks_ = rows.decode(problem, sequence, head, q_row, scratch.blocks);
+    if (means != nullptr) {
+      n_dropped_ = dropped_blocks(scratch.blocks, n_blocks_, block, scratch.dropped);
+      k_means_ = means->k(sequence, problem.kv_head(head));
+      v_means_ = means->v(sequence, problem.kv_head(head));
+    }
     const float scale = static_cast<float>(problem.scale * kLog2E);
     // `weigh` takes the maximum before it scales, which needs a positive scale.
     scores_scale_ = scale > 0 ? 1 : scale;
@@ -110,6 +172,11 @@ class Task {
         if (e + 1 < n_blocks_) prefetch(scratch_.blocks[e + 1], p, panels);
         attend_panel(p);
       }
+    }
+    for (int64_t e = 0; e < n_dropped_; e += TileOps::kMaxKeys) {
+      const auto n = static_cast<int>(std::min<int64_t>(TileOps::kMaxKeys, n_dropped_ - e));
+      load_means(scratch_.dropped + e, n);
+      for (int p = 0; p < panels; ++p) attend_means(p, n);
     }
     for (int p = 0; p < panels; ++p) finish_panel(p, out, lse);
   }
@@ -219,6 +286,30 @@ class Task {
     ops_.accumulate(s, scratch_.values, padded, problem_.d_v, o(p));
   }
 
+  void load_means(const int32_t* blocks, int n) {
+    for (int at = 0; at < n;) {
+      int run = 1;
+      while (at + run < n && blocks[at + run] == blocks[at] + run) ++run;
+      ops_.load_keys(k_means_.row(blocks[at]), k_means_.row_stride, run, at, problem_.d_qk,
+                     scratch_.keys);
+      ops_.load_values(v_means_.row(blocks[at]), v_means_.row_stride, run, at, problem_.d_v,
+                       scratch_.values);
+      at += run;
+    }
+    for (int at = n; at < pad(n); ++at) load_zero_value(at);
+  }
+
+  void attend_means(int p, int n) {
+    float* s = scratch_.s;
+    ops_.scores(packed_q(p), scratch_.keys, 0, n, problem_.d_qk, s);
+    const float bias = std::log2(static_cast<float>(problem_.block_size));
+    const float scale = scores_scale_ * weigh_scale_;
+    for (int i = 0; i < n * ops_.panel; ++i) s[i] = s[i] * scale + bias;
+    std::fill(s + n * ops_.panel, s + pad(n) * ops_.panel, -kInfinity);
+    ops_.weigh(s, pad(n), 1.0f, problem_.d_v, max(p), sum(p), o(p));
+    ops_.accumulate(s, scratch_.values, pad(n), problem_.d_v, o(p));
+  }
+
   void mask(int p, int padded) {
     // All see the keys up to the first query's own, but for a window.
     const int64_t first = window_.active() ? 0 : first_position(p) + 1 - block_first_;
@@ -243,6 +334,7 @@ class Task {
   }
 
   bool sees_any(int64_t position) const {
+    if (n_dropped_ > 0) return true;
     for (int64_t e = 0; e < n_blocks_; ++e) {
       const int64_t first = scratch_.blocks[e] * static_cast<int64_t>(problem_.block_size);
       for (int64_t key = first; key < std::min(first + problem_.block_size, s_kv_); ++key) {
@@ -279,6 +371,8 @@ class Task {
   int64_t first_row_ = 0;  // its row in q, out and lse
   int n_queries_ = 0;
   int64_t n_blocks_ = 0;
+  int64_t n_dropped_ = 0;  // that count through their means
+  RowView k_means_, v_means_;
   float scores_scale_ = 1, weigh_scale_ = 1;
   // The key block in scratch.
   int64_t block_first_ = 0;
@@ -298,8 +392,18 @@ void attend_cpu(const Problem& problem, const BlockRows& rows, const Execution& 
   const int64_t n_tasks = problem.first_row.back();
   const auto workers = static_cast<int>(std::min<int64_t>(worker_count(execution), n_tasks));
   std::vector<Scratch> scratch;
-  for (int w = 0; w < workers; ++w) scratch.push_back(take_scratch(problem, ops, arena));
+  for (int w = 0; w < workers; ++w) {
+    scratch.push_back(take_scratch(problem, ops, rows.mean_correction, arena));
+  }
+  std::optional<BlockMeans> means;
+  if (rows.mean_correction) means.emplace(problem, arena);
   if (arena.counting()) return;
+  if (means) {
+    const SelectOps& select = select_ops(ops.target);
+    parallel_tasks(workers, means->tasks(), [&](int worker, int64_t task) {
+      means->fill(select, task, scratch[worker].mean);
+    });
+  }
 
   parallel_tasks(workers, n_tasks, [&](int worker, int64_t t) {
     const auto next = std::upper_bound(problem.first_row.begin(), problem.first_row.end(), t);
@@ -307,7 +411,8 @@ void attend_cpu(const Problem& problem, const BlockRows& rows, const Execution& 
     const int64_t r = t - problem.first_row[sequence];
     const auto head = static_cast<int32_t>(r % problem.h_q);
     const int64_t q_row = problem.grids[sequence].n_q - 1 - r / problem.h_q;
-    Task task(problem, rows, ops, scratch[worker], sequence, head, q_row);
+    Task task(problem, rows, ops, scratch[worker], means ? &*means : nullptr, sequence, head,
+              q_row);
     task.run(problem.q(sequence, head), problem.out(sequence, head), problem.lse(sequence, head));
   });
 }

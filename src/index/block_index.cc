@@ -19,7 +19,9 @@ bool block_size_offered(int32_t block_size) {
   return block_size == 32 || block_size == 64 || block_size == 128;
 }
 
-constexpr char kMagic[8] = {'F', 'P', 'I', 'N', 'D', 'E', 'X', '1'};
+// Version 2 has flags after the sizes; an index without flags is stored as version 1.
+constexpr char kMagic[7] = {'F', 'P', 'I', 'N', 'D', 'E', 'X'};
+constexpr int32_t kMeanCorrectionFlag = 1;
 constexpr int64_t kMostTokens = (int64_t{1} << 31) - 1;
 
 template <typename T>
@@ -67,6 +69,9 @@ int64_t check_sizes(const BlockIndex& index) {
   if (index.h_q < 1) refuse("expected h_q of at least 1, got " + std::to_string(index.h_q));
   if (index.global_window < 0 || index.local_window < 0) {
     refuse("expected windows of at least 0 tokens");
+  }
+  if (index.mean_correction && (index.global_window > 0 || index.local_window > 0)) {
+    refuse("expected mean_correction or windows, got both");
   }
   int64_t rows = 0;
   for (const SequenceLengths& lengths : index.sequences) {
@@ -153,8 +158,10 @@ double BlockIndex::density() const {
 std::string BlockIndex::serialize() const {
   check();
   std::string bytes(kMagic, sizeof(kMagic));
+  bytes += mean_correction ? '2' : '1';
   const int32_t sizes[2] = {block_size, h_q};
   put(bytes, sizes, 2);
+  if (mean_correction) put(bytes, &kMeanCorrectionFlag, 1);
   const int64_t counts[4] = {global_window, local_window, static_cast<int64_t>(sequences.size()),
                              static_cast<int64_t>(indices.size())};
   put(bytes, counts, 4);
@@ -169,15 +176,25 @@ std::string BlockIndex::serialize() const {
 
 BlockIndex BlockIndex::deserialize(std::span<const char> bytes) {
   Reader reader(bytes);
-  char magic[sizeof(kMagic)];
+  char magic[sizeof(kMagic) + 1];
   reader.get(magic, sizeof(magic));
-  if (std::memcmp(magic, kMagic, sizeof(kMagic)) != 0) {
-    refuse("stored form: expected to begin with FPINDEX1");
+  const char stored_version = magic[sizeof(kMagic)];
+  if (std::memcmp(magic, kMagic, sizeof(kMagic)) != 0 ||
+      (stored_version != '1' && stored_version != '2')) {
+    refuse("stored form: expected to begin with FPINDEX1 or FPINDEX2");
   }
   BlockIndex index;
   int32_t sizes[2];
   int64_t counts[4];
   reader.get(sizes, 2);
+  if (stored_version == '2') {
+    int32_t flags;
+    reader.get(&flags, 1);
+    if (flags != kMeanCorrectionFlag) {
+      refuse("stored form: expected flags 1, got " + std::to_string(flags));
+    }
+    index.mean_correction = true;
+  }
   reader.get(counts, 4);
   index.block_size = sizes[0];
   index.h_q = sizes[1];
@@ -215,8 +232,10 @@ BlockIndex dense_block_index(std::span<const SequenceLengths> sequences, int32_t
   return index;
 }
 
-BlockIndex to_block_index(const Problem& problem, const BlockBits& bits, TokenWindow window) {
+BlockIndex to_block_index(const Problem& problem, const BlockBits& bits, TokenWindow window,
+                          bool mean_correction) {
   BlockIndex index;
+  index.mean_correction = mean_correction;
   index.block_size = problem.block_size;
   index.h_q = problem.h_q;
   index.global_window = window.global_window;

@@ -58,6 +58,7 @@ struct BlockRows {
   const BlockIndex* csr = nullptr;  // one of csr and bits, or neither: every causal block
   const BlockBits* bits = nullptr;
   TokenWindow window;
+  bool mean_correction = false;  // BlockIndex::mean_correction
 
   // Kept key blocks of one row, ascending, into blocks[n_kv]; returns how many.
   int64_t decode(const Problem& problem, int64_t sequence, int32_t head, int64_t q_row,
@@ -83,7 +84,22 @@ struct BlockRows {
 };
 
 // CSR from bits.
-BlockIndex to_block_index(const Problem& problem, const BlockBits& bits, TokenWindow window);
+BlockIndex to_block_index(const Problem& problem, const BlockBits& bits, TokenWindow window,
+                          bool mean_correction = false);
+
+// The blocks before `diagonal` that are not among the n kept ones (ascending), into blocks
+// [diagonal]; returns how many.
+inline int64_t dropped_blocks(const int32_t* kept, int64_t n, int64_t diagonal, int32_t* blocks) {
+  int64_t dropped = 0, e = 0;
+  for (int32_t j = 0; j < diagonal; ++j) {
+    if (e < n && kept[e] == j) {
+      ++e;
+    } else {
+      blocks[dropped++] = j;
+    }
+  }
+  return dropped;
+}
 
 }  // namespace flexprefill
 

@@ -20,7 +20,9 @@
 #include "cpu/parallel.h"
 #include "cpu/tile_ops.h"
 #include "math.h"
+#include "select/block_rules.h"
 #include "select/pattern.h"
+#include "select/select_blocks_cpu.h"
 #include "select/select_ops.h"
 #include "select/select_rows.h"
 
@@ -144,12 +146,14 @@ class Buffers {
 class Wave {
  public:
   Wave(const Problem& problem, const Pattern& pattern, const TileOps& tiles, const SelectOps& ops,
-       const Buffers& buffers, const BlockBits& bits, int64_t sequence, int32_t first_kv)
+       const Buffers& buffers, const BlockScoreSelector& by_blocks, const BlockBits& bits,
+       int64_t sequence, int32_t first_kv)
       : problem_(problem),
         pattern_(pattern),
         tiles_(tiles),
         ops_(ops),
         buffers_(buffers),
+        by_blocks_(by_blocks),
         bits_(bits),
         sequence_(sequence),
         first_kv_(first_kv),
@@ -286,19 +290,9 @@ class Wave {
     const RowView k = problem_.k(sequence_, static_cast<int32_t>(first_kv_ + kv));
     for (int64_t first = begin; first < begin + n; first += problem_.block_size) {
       const int64_t last = std::min(first + problem_.block_size, begin + n);
-      mean_rows(k, {first, last}, k_means(kv) + first / problem_.block_size * problem_.d_qk);
+      mean_rows(ops_, k, {first, last}, problem_.d_qk, problem_.dtype,
+                k_means(kv) + first / problem_.block_size * problem_.d_qk);
     }
-  }
-
-  void mean_rows(const RowView& view, RowRange range, float* mean) const {
-    std::fill_n(mean, problem_.d_qk, 0.0f);
-    for (int64_t i = range.begin; i < range.end;) {
-      const int64_t run = view.run(i, range.end - i);
-      ops_.add_rows(view.row(i), view.row_stride, run, problem_.d_qk, problem_.dtype, mean);
-      i += run;
-    }
-    const float inverse = 1.0f / static_cast<float>(range.end - range.begin);
-    for (int32_t c = 0; c < problem_.d_qk; ++c) mean[c] *= inverse;
   }
 
   // The chunks' maxima and sums, put together in order.
@@ -389,10 +383,21 @@ class Wave {
       finish_slash(h);
       return;
     }
+    if (by_block_scores(pattern_, q_head(h))) {
+      choice.pattern =
+          by_blocks_.is_dense(q_head(h)) ? HeadPattern::kDense : HeadPattern::kBlockSparse;
+      return;
+    }
+    const auto* heads = std::get_if<MInference>(&pattern_);
+    if (heads != nullptr && !by_probe(pattern_, q_head(h))) {
+      choice.pattern = HeadPattern::kStreaming;
+      return rows(h).write_window(a_shape_window(heads->heads[q_head(h)]));
+    }
     if (buffers_.has_nan[h]) return rows(h).write_dense();
     finish_slash(h);
     if (const auto* flex = std::get_if<FlexPrefill>(&pattern_)) {
-      mean_rows(problem_.q(sequence_, q_head(h)), {probe_.first_row, lengths_.s_q}, worker.mean);
+      mean_rows(ops_, problem_.q(sequence_, q_head(h)), {probe_.first_row, lengths_.s_q},
+                problem_.d_qk, problem_.dtype, worker.mean);
       pool_row(worker.mean, h, grid_.n_kv, worker.pooled);
       if (std::isnan(worker.pooled[0])) return rows(h).write_dense();
       choice =
@@ -401,7 +406,7 @@ class Wave {
     } else {
       choice =
           choose_fixed_sizes(vertical(h), slash(h), lengths_.s_kv, problem_.block_size,
-                             std::get<VerticalSlash>(pattern_), worker.choice, worker.histogram);
+                             fixed_sizes(pattern_, q_head(h)), worker.choice, worker.histogram);
     }
     rows(h).write_choice(worker.choice);
   }
@@ -424,7 +429,8 @@ class Wave {
     };
     parallel(grid_.n_q, [&](int w, int64_t r) {
       float* mean = buffers_.per_worker[w].mean;
-      mean_rows(q, q_block_rows(lengths_, grid_, problem_.block_size, r), mean);
+      mean_rows(ops_, q, q_block_rows(lengths_, grid_, problem_.block_size, r), problem_.d_qk,
+                problem_.dtype, mean);
       pool_row(mean, h, grid_.first_q_block + r + 1, row_of_map(r));
     });
     for (int64_t r = 0; r < grid_.n_q; ++r) {
@@ -442,11 +448,12 @@ class Wave {
   HeadAudit audit_head(int64_t h) const {
     const HeadChoice& choice = buffers_.choices[h];
     if (choice.pattern == HeadPattern::kDense) return {};
-    const bool windowed = choice.pattern == HeadPattern::kStreaming;
+    const bool windowed = std::holds_alternative<StreamingLlm>(pattern_);
     return make_audit(choice, windowed ? window_mass(h) : kept_mass(h), rows(h).density());
   }
 
   double kept_mass(int64_t h) const {
+    if (buffers_.has_nan[h]) return std::numeric_limits<double>::quiet_NaN();
     double kept = 0;
     for (int64_t block = 0; block < probe_.blocks(); ++block) {
       const uint64_t* row = rows(h).block_row(probe_.first_block + block);
@@ -473,6 +480,7 @@ class Wave {
   const TileOps& tiles_;
   const SelectOps& ops_;
   const Buffers& buffers_;
+  const BlockScoreSelector& by_blocks_;  // has written its heads
   const BlockBits& bits_;
   int64_t sequence_;
   int32_t first_kv_;
@@ -491,23 +499,31 @@ void select_cpu(const Problem& problem, const Pattern& pattern, const Execution&
   const TileOps& tiles = tile_ops(execution.cpu_target, problem.dtype);
   const int workers = worker_count(execution);
   const Buffers buffers(arena, problem, pattern, tiles, workers);
+  const BlockScoreSelector by_blocks(arena, problem, pattern, execution.cpu_target, workers);
   if (arena.counting()) return;
   const SelectOps& ops = select_ops(tiles.target);
-  const auto* window = std::get_if<StreamingLlm>(&pattern);
+  bool probed = !audit.empty();
+  for (int32_t h = 0; h < problem.h_q; ++h) probed |= by_probe(pattern, h);
   for (int64_t s = 0; s < problem.b(); ++s) {
     const std::span<HeadAudit> heads =
         audit.empty() ? audit : audit.subspan(s * problem.h_q, problem.h_q);
     const bool dense = stays_dense(problem.lengths[s], problem.block_size, pattern);
-    if (dense || (window != nullptr && audit.empty())) {  // nothing to look at
+    if (!dense && by_blocks.needed()) by_blocks.select(s, bits);
+    if (dense || !probed) {  // nothing to look at
       parallel_tasks(workers, problem.h_q, [&](int, int64_t h) {
         const HeadRows rows{problem, bits, s, static_cast<int32_t>(h)};
-        dense ? rows.write_dense() : rows.write_window(*window);
+        if (dense) return rows.write_dense();
+        if (const auto* window = std::get_if<StreamingLlm>(&pattern)) rows.write_window(*window);
+        const auto* per_head = std::get_if<MInference>(&pattern);
+        if (per_head != nullptr && !by_block_scores(pattern, static_cast<int32_t>(h))) {
+          rows.write_window(a_shape_window(per_head->heads[h]));
+        }
       });
       std::fill(heads.begin(), heads.end(), HeadAudit{});
       continue;
     }
     for (int32_t kv = 0; kv < problem.h_kv; kv += WaveSize(problem, s, workers).kv_heads) {
-      Wave(problem, pattern, tiles, ops, buffers, bits, s, kv).run(heads);
+      Wave(problem, pattern, tiles, ops, buffers, by_blocks, bits, s, kv).run(heads);
     }
   }
 }

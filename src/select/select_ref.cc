@@ -3,12 +3,14 @@
 // on purpose; allocates.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <span>
 #include <variant>
 #include <vector>
 
 #include "backend.h"
 #include "math.h"
+#include "select/block_rules.h"
 #include "select/pattern.h"
 #include "select/select_rows.h"
 
@@ -205,6 +207,110 @@ HeadAudit select_vertical_slash(const Head& head, const VerticalSlash& pattern,
   return make_audit(choice, kept_mass(head, scores, rows), rows.density());
 }
 
+// ---- By block scores: rows of scores, one decision each ----
+
+// XAttention: mean over the groups of query block r (absolute) of the softmax over groups of keys,
+// summed over each key block. Rows that do not exist count as zeros.
+Vector antidiagonal_row(const Head& head, int64_t stride, int64_t block) {
+  const int64_t first = head.lengths.s_kv - head.lengths.s_q;
+  const int64_t begin = std::max(block * head.block_size, first) / stride;
+  const int64_t end = ceil_div(std::min((block + 1) * head.block_size, head.lengths.s_kv), stride);
+  Vector row(block + 1, 0.0);
+  for (int64_t group = begin; group < end; ++group) {
+    Vector logits(group + 1, 0.0);
+    for (int64_t t = 0; t < stride; ++t) {
+      const int64_t position = group * stride + stride - 1 - t;
+      if (position < first || position >= head.lengths.s_kv) continue;
+      const Vector q = head.q_row(position - first);
+      for (int64_t e = 0; e <= group; ++e) {
+        const int64_t key = e * stride + t;
+        if (key < head.lengths.s_kv) logits[e] += dot(q, head.k_row(key));
+      }
+    }
+    for (double& x : logits) x *= head.problem.scale / static_cast<double>(stride);
+    softmax(logits, Vector(logits.size(), 1.0));
+    for (int64_t e = 0; e <= group; ++e) {
+      row[e * stride / head.block_size] += logits[e] / static_cast<double>(end - begin);
+    }
+  }
+  return row;
+}
+
+// FlashPrefill: sum over the queries of exp(scale q . mean(k block j) - the greatest of all), each
+// query over the blocks whose last key it sees.
+Vector mean_score_row(const Head& head, const std::vector<Vector>& k_means, int64_t block) {
+  const int64_t first = head.lengths.s_kv - head.lengths.s_q;
+  const RowRange rows =
+      q_block_rows(head.lengths, head.grid, head.block_size, block - head.grid.first_q_block);
+  std::vector<Vector> logits;
+  double greatest = -std::numeric_limits<double>::infinity();
+  for (int64_t i = rows.begin; i < rows.end; ++i) {
+    const Vector q = head.q_row(i);
+    logits.emplace_back();
+    for (int64_t j = 0; j <= block; ++j) {
+      const int64_t last = std::min((j + 1) * head.block_size, head.lengths.s_kv) - 1;
+      if (last > first + i) break;
+      logits.back().push_back(head.problem.scale * dot(q, k_means[j]));
+      greatest = std::max(greatest, logits.back().back());
+    }
+  }
+  Vector row(block + 1, 0.0);
+  for (const Vector& query : logits) {
+    for (size_t j = 0; j < query.size(); ++j) row[j] += std::exp(query[j] - greatest);
+  }
+  return row;
+}
+
+// Block-sparse: softmax over j of scale mean(q block) . mean(k block j).
+Vector pooled_score_row(const Head& head, const std::vector<Vector>& k_means, int64_t block) {
+  const RowRange rows =
+      q_block_rows(head.lengths, head.grid, head.block_size, block - head.grid.first_q_block);
+  const Vector q_mean = mean_row(head.problem, head.q, rows);
+  Vector row;
+  for (int64_t j = 0; j <= block; ++j) row.push_back(head.problem.scale * dot(q_mean, k_means[j]));
+  softmax(row, Vector(row.size(), 1.0));
+  return row;
+}
+
+HeadAudit select_by_blocks(const Head& head, const Pattern& pattern, const HeadRows& rows,
+                           bool audited) {
+  const auto* antidiagonal = std::get_if<XAttention>(&pattern);
+  const auto* flash = std::get_if<FlashPrefill>(&pattern);
+  std::vector<Vector> k_means;
+  if (antidiagonal == nullptr) k_means = key_block_means(head);
+  Histogram histogram;
+  for (int64_t r = 0; r < head.grid.n_q; ++r) {
+    const int64_t i = head.grid.first_q_block + r, n = head.grid.n_kv;
+    const Vector row = antidiagonal != nullptr ? antidiagonal_row(head, antidiagonal->stride, i)
+                       : flash != nullptr      ? mean_score_row(head, k_means, i)
+                                               : pooled_score_row(head, k_means, i);
+    if (has_nan(row)) return keep_everything(rows);
+    const std::vector<float> scores = to_float(row);
+    if (antidiagonal != nullptr) {
+      keep_reaching(scores.data(), i, n, antidiagonal->threshold, &histogram, rows.row(r));
+    } else if (flash != nullptr) {
+      const FlashPrefillRule rule = flash_prefill_rule(*flash, head.lengths.s_kv, head.block_size);
+      keep_above(scores.data(), i, n, rule, rows.row(r));
+    } else {
+      const int64_t tokens = std::get<MInference>(pattern).heads[head.head].vertical_size;
+      keep_best(scores.data(), i, n, whole_blocks(tokens, head.block_size), &histogram,
+                rows.row(r));
+    }
+  }
+  if (!audited) return {};
+  return make_audit({.pattern = HeadPattern::kBlockSparse},
+                    kept_mass(head, probe_scores(head, {}), rows), rows.density());
+}
+
+// MInference's a-shape: a window in whole blocks.
+HeadAudit select_a_shape(const Head& head, const StreamingLlm& window, const HeadRows& rows,
+                         bool audited) {
+  rows.write_window(window);
+  if (!audited) return {};
+  return make_audit({.pattern = HeadPattern::kStreaming},
+                    kept_mass(head, probe_scores(head, {}), rows), rows.density());
+}
+
 HeadAudit select_window(const Head& head, const StreamingLlm& pattern, const HeadRows& rows,
                         bool audited) {
   rows.write_window(pattern);
@@ -227,8 +333,12 @@ void select_reference(const Problem& problem, const Pattern& pattern, const Exec
         result = keep_everything(rows);
       } else if (const auto* flex = std::get_if<FlexPrefill>(&pattern)) {
         result = select_flex_prefill(head, *flex, rows);
-      } else if (const auto* fixed = std::get_if<VerticalSlash>(&pattern)) {
-        result = select_vertical_slash(head, *fixed, rows);
+      } else if (by_probe(pattern, h)) {
+        result = select_vertical_slash(head, fixed_sizes(pattern, h), rows);
+      } else if (by_block_scores(pattern, h)) {
+        result = select_by_blocks(head, pattern, rows, !audit.empty());
+      } else if (const auto* heads = std::get_if<MInference>(&pattern)) {
+        result = select_a_shape(head, a_shape_window(heads->heads[h]), rows, !audit.empty());
       } else {
         result = select_window(head, std::get<StreamingLlm>(pattern), rows, !audit.empty());
       }

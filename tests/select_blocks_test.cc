@@ -1,0 +1,463 @@
+// The patterns that score blocks one by one (XAttention, FlashPrefill, MInference): every
+// backend and CPU target against plain loops in double precision.
+//
+// As in select_oracle.h, an implementation whose scores are off by what fp32 rounding can do may
+// decide differently at a threshold and nowhere else: for every block the oracle says whether it
+// must be kept, and whether it may.
+#include <gtest/gtest.h>
+#include <oneapi/tbb/global_control.h>
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "case_table.h"
+#include "math.h"
+#include "select_oracle.h"
+#include "selection.h"
+#include "test_executions.h"
+
+namespace flexprefill::testing {
+namespace {
+
+using Kind = MInferenceHead::Kind;
+
+// Scores of the blocks of a row, and which of them a rule must and may keep.
+class BlockOracle {
+ public:
+  BlockOracle(const CaseData& data, int64_t s, int32_t h) : data_(data), s_(s), h_(h) {
+    const Case& c = data.c;
+    kv_ = c.gqa_interleave ? h % c.h_kv : h / (c.h_q / c.h_kv);
+    lengths_ = data.lengths[s];
+    grid = block_grid(lengths_, c.block_size);
+    block_ = c.block_size;
+    offset_ = lengths_.s_kv - lengths_.s_q;
+    scale_ = data.input.softmax_scale.value_or(1 / std::sqrt(static_cast<float>(c.d_qk)));
+    empty();
+  }
+
+  BlockGrid grid;
+  Flags must, may;
+  double slack = 4e-6;  // relative error of a score
+
+  // For every pair of a query and a key on an antidiagonal of their groups: no strided views.
+  void x_attention(const XAttention& pattern) {
+    const int64_t stride = pattern.stride;
+    const int64_t groups = (lengths_.s_kv + stride - 1) / stride;
+    std::vector<Numbers> logits(groups, Numbers(groups, 0.0));
+    std::vector<Numbers> sizes = logits;
+    for (int64_t p = offset_; p < lengths_.s_kv; ++p) {
+      for (int64_t j = 0; j < lengths_.s_kv; ++j) {
+        if (p % stride + j % stride != stride - 1) continue;
+        add_logit(p, j, logits[p / stride][j / stride], sizes[p / stride][j / stride]);
+      }
+    }
+    double largest = 0;
+    for (const Numbers& row : sizes) {
+      for (const double x : row) largest = std::max(largest, x);
+    }
+    slack = std::max(slack, 6e-7 * std::abs(scale_) * largest / static_cast<double>(stride));
+    for (int64_t r = 0; r < grid.n_q; ++r) {
+      const int64_t i = grid.first_q_block + r;
+      const int64_t first = std::max(i * block_, offset_) / stride;
+      const int64_t last = (std::min((i + 1) * block_, lengths_.s_kv) - 1) / stride;
+      Numbers row(i + 1, 0.0);
+      for (int64_t g = first; g <= last; ++g) {
+        Numbers x(logits[g].begin(), logits[g].begin() + g + 1);
+        for (double& value : x) value *= scale_ / static_cast<double>(stride);
+        softmax(x);
+        for (int64_t e = 0; e <= g; ++e) row[e * stride / block_] += x[e];
+      }
+      keep_share(r, row, pattern.threshold);
+    }
+  }
+
+  void flash_prefill(const FlashPrefill& pattern) {
+    const auto blocks = [&](int64_t tokens) { return (tokens + block_ - 1) / block_; };
+    mean_slack();
+    for (int64_t r = 0; r < grid.n_q; ++r) {
+      const int64_t i = grid.first_q_block + r;
+      const bool full =
+          std::min((i + 1) * block_, lengths_.s_kv) > lengths_.s_kv - pattern.last_queries &&
+          pattern.last_queries > 0;
+      // sum over queries of exp(logit), unnormalised but for the greatest logit of the row.
+      std::vector<std::vector<double>> logits(i + 1);
+      double greatest = -std::numeric_limits<double>::infinity();
+      for (int64_t p = std::max(i * block_, offset_); p < (i + 1) * block_ && p < lengths_.s_kv;
+           ++p) {
+        for (int64_t j = 0; j <= i && std::min((j + 1) * block_, lengths_.s_kv) <= p + 1; ++j) {
+          logits[j].push_back(scale_ * dot(q(p - offset_), k_mean(j)));
+          greatest = std::max(greatest, logits[j].back());
+        }
+      }
+      Numbers scores(i + 1, 0.0);
+      for (int64_t j = 0; j <= i; ++j) {
+        for (const double x : logits[j]) scores[j] += std::exp(x - greatest);
+      }
+      const double top = *std::max_element(scores.begin(), scores.end());
+      for (int64_t j = 0; j <= i; ++j) {
+        const bool always =
+            full || j < blocks(pattern.global_window) || i - j < blocks(pattern.local_window);
+        const double least = static_cast<double>(pattern.alpha) * top;
+        must[r][j] = always || scores[j] * (1 - slack) >= least * (1 + slack);
+        may[r][j] = always || scores[j] * (1 + slack) >= least * (1 - slack);
+      }
+    }
+  }
+
+  void block_sparse(int64_t tokens) {
+    const int64_t count = (tokens + block_ - 1) / block_;
+    mean_slack();
+    for (int64_t r = 0; r < grid.n_q; ++r) {
+      const int64_t i = grid.first_q_block + r;
+      Numbers mean(data_.c.d_qk, 0.0);
+      const int64_t begin = std::max(i * block_, offset_);
+      const int64_t end = std::min((i + 1) * block_, lengths_.s_kv);
+      for (int64_t p = begin; p < end; ++p) {
+        const Numbers row = q(p - offset_);
+        for (size_t c = 0; c < mean.size(); ++c) {
+          mean[c] += row[c] / static_cast<double>(end - begin);
+        }
+      }
+      Numbers logits;  // of the blocks before i
+      for (int64_t j = 0; j < i; ++j) logits.push_back(scale_ * dot(mean, k_mean(j)));
+      Numbers sorted = logits;
+      std::sort(sorted.begin(), sorted.end(), std::greater<>());
+      for (int64_t j = 0; j < i; ++j) {
+        // Far below the best, exponentials underflow to 0 and tie.
+        const bool zero = logits[j] < sorted[0] - 85;
+        must[r][j] =
+            count > i || (count > 1 && !zero && logits[j] - slack > sorted[count - 1] + slack);
+        may[r][j] =
+            count > i || (count > 1 && (zero || logits[j] + slack >= sorted[count - 2] - slack));
+      }
+      must[r][i] = may[r][i] = true;
+    }
+  }
+
+  void window(int64_t global, int64_t local) {
+    for (int64_t p = offset_; p < lengths_.s_kv; ++p) {
+      for (int64_t j = 0; j <= p; ++j) {
+        if (j < global || p - j < local) {
+          must[p / block_ - grid.first_q_block][j / block_] = true;
+        }
+      }
+    }
+    may = must;
+  }
+
+ private:
+  void empty() { must = may = Flags(grid.n_q, std::vector<bool>(grid.n_kv)); }
+  Numbers q(int64_t i) const {
+    Numbers row;
+    for (int32_t c = 0; c < data_.c.d_qk; ++c) row.push_back(data_.q(s_, i, h_, c));
+    return row;
+  }
+  Numbers k_mean(int64_t j) {
+    if (k_means_.empty()) k_means_.resize(grid.n_kv);
+    Numbers& mean = k_means_[j];
+    if (!mean.empty()) return mean;
+    const int64_t end = std::min((j + 1) * block_, lengths_.s_kv);
+    mean.assign(data_.c.d_qk, 0.0);
+    for (int64_t key = j * block_; key < end; ++key) {
+      for (int32_t c = 0; c < data_.c.d_qk; ++c) {
+        mean[c] += data_.k(s_, key, kv_, c) / static_cast<double>(end - j * block_);
+      }
+    }
+    return mean;
+  }
+  static double dot(const Numbers& a, const Numbers& b) {
+    double sum = 0;
+    for (size_t c = 0; c < a.size(); ++c) sum += a[c] * b[c];
+    return sum;
+  }
+  void add_logit(int64_t p, int64_t j, double& logit, double& size) const {
+    for (int32_t c = 0; c < data_.c.d_qk; ++c) {
+      const double product = static_cast<double>(data_.q(s_, p - offset_, h_, c)) *
+                             static_cast<double>(data_.k(s_, j, kv_, c));
+      logit += product;
+      size += std::abs(product);
+    }
+  }
+  static void softmax(Numbers& x) {
+    const double max = *std::max_element(x.begin(), x.end());
+    double sum = 0;
+    for (double& value : x) sum += value = std::exp(value - max);
+    for (double& value : x) value /= sum;
+  }
+  // An error of a logit is a relative error of its exponential.
+  void mean_slack() {
+    double q_size = 0, k_size = 0;
+    for (int64_t i = 0; i < lengths_.s_q; ++i) {
+      const Numbers row = q(i);
+      q_size = std::max(q_size, std::sqrt(dot(row, row)));
+    }
+    for (int64_t j = 0; j < lengths_.s_kv; ++j) {
+      double sum = 0;
+      for (int32_t c = 0; c < data_.c.d_qk; ++c) sum += std::pow(data_.k(s_, j, kv_, c), 2);
+      k_size = std::max(k_size, std::sqrt(sum));
+    }
+    slack = std::max(slack, 4e-7 * std::abs(scale_) * q_size * k_size);
+  }
+  // Blocks 0 and i, then the best until they reach the share.
+  void keep_share(int64_t r, const Numbers& row, double threshold) {
+    const auto i = static_cast<int64_t>(row.size()) - 1;
+    std::vector<int64_t> order;
+    for (int64_t j = 1; j < i; ++j) order.push_back(j);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return row[a] > row[b]; });
+    double total = 0;
+    for (const double x : row) total += x;
+    const double forced = row[0] + (i > 0 ? row[i] : 0);
+    // The smallest value that may be kept, and the largest that may be left out.
+    double least = std::numeric_limits<double>::infinity(), left = -1, sum = forced;
+    for (const int64_t j : order) {
+      if (sum < (threshold + slack) * total) least = row[j];
+      if (sum >= (threshold - slack) * total && left < 0) left = row[j];
+      sum += row[j];
+    }
+    const bool all = threshold >= 1;
+    for (int64_t j = 0; j <= i; ++j) {
+      const bool always = all || j == 0 || j == i;
+      must[r][j] = always || row[j] * (1 - slack) > left * (1 + slack);
+      may[r][j] = always || row[j] * (1 + slack) >= least * (1 - slack);
+    }
+  }
+
+  const CaseData& data_;
+  int64_t s_;
+  int32_t h_;
+  int32_t kv_ = 0;
+  SequenceLengths lengths_;
+  int64_t block_ = 0, offset_ = 0;
+  double scale_ = 1;
+  std::vector<Numbers> k_means_;
+};
+
+bool stays_short(SequenceLengths lengths, const Case& c) {
+  return lengths.s_q <= c.block_size || lengths.s_kv <= 2 * c.block_size;
+}
+
+// Several tasks, several panels, chunks inside blocks and groups, pages.
+std::vector<Case> block_cases() {
+  std::vector<Case> cases = all_cases();
+  cases.push_back({.name = "longer",
+                   .lengths = {{1500, 1733}},
+                   .d_qk = 32,
+                   .d_v = 16,
+                   .block_size = 128,
+                   .fill = Fill::kStructured,
+                   .seed = 91});
+  cases.push_back({.name = "longer_paged",
+                   .lengths = {{701, 1100}, {200, 1301}},
+                   .h_q = 2,
+                   .h_kv = 2,
+                   .d_qk = 16,
+                   .d_v = 16,
+                   .dtype = DType::kBFloat16,
+                   .block_size = 64,
+                   .layout = Layout::kPaged,
+                   .seed = 92});
+  cases.push_back({.name = "many_blocks",
+                   .lengths = {{1400, 1403}},
+                   .h_q = 1,
+                   .h_kv = 1,
+                   .d_qk = 16,
+                   .d_v = 16,
+                   .block_size = 32,
+                   .fill = Fill::kStructured,
+                   .seed = 93});
+  return cases;
+}
+
+class SelectBlocksCase : public ::testing::TestWithParam<Case> {
+ protected:
+  // One pattern on every backend; decide(oracle, the probe's, head) decides.
+  template <typename Decide>
+  void check(const CaseData& data, const Pattern& pattern, const Decide& decide) {
+    std::vector<Selection> selections;
+    for (const Execution& execution : host_executions()) {
+      selections.push_back(run(data, pattern, execution));
+    }
+    int64_t blocks = 0, undecided = 0;
+    for (int64_t s = 0; s < static_cast<int64_t>(data.lengths.size()); ++s) {
+      for (int32_t h = 0; h < data.c.h_q; ++h) {
+        BlockOracle want(data, s, h);
+        const bool is_short = stays_short(data.lengths[s], data.c);
+        HeadPattern expected = HeadPattern::kDense;
+        const Oracle mass(data, s, h);
+        if (!is_short) expected = decide(want, mass, h);
+        for (size_t e = 0; e < selections.size(); ++e) {
+          SCOPED_TRACE(execution_name(host_executions()[e]) + " sequence " + std::to_string(s) +
+                       " head " + std::to_string(h));
+          const Selection& got = selections[e];
+          EXPECT_EQ(got.head(s, h).pattern, expected);
+          if (is_short) {
+            EXPECT_TRUE(got.is_dense(s, h));
+          } else {
+            check_head(got, mass, s, h, want.must, want.may);
+          }
+        }
+        for (size_t r = 0; r < want.must.size(); ++r) {
+          for (size_t j = 0; j < want.must[r].size(); ++j) {
+            ++blocks;
+            undecided += want.may[r][j] && !want.must[r][j];
+          }
+        }
+      }
+    }
+    // The oracle is worth something, but where scores tie by design.
+    if (data.c.fill != Fill::kEqual && data.c.fill != Fill::kZeroMass) {
+      EXPECT_LE(undecided, 2 + blocks / 20);
+    }
+  }
+};
+
+TEST_P(SelectBlocksCase, XAttention) {
+  const CaseData data(GetParam());
+  for (const XAttention& pattern :
+       {XAttention{}, XAttention{8, 0.7f}, XAttention{16, 0.05f}, XAttention{8, 1.0f}}) {
+    check(data, pattern, [&](BlockOracle& oracle, const Oracle&, int32_t) {
+      oracle.x_attention(pattern);
+      return HeadPattern::kBlockSparse;
+    });
+  }
+}
+
+TEST_P(SelectBlocksCase, FlashPrefill) {
+  const CaseData data(GetParam());
+  const int64_t block = data.c.block_size;
+  for (const FlashPrefill& pattern :
+       {FlashPrefill{.alpha = 0.1f, .global_window = 0, .local_window = 1, .last_queries = 0},
+        FlashPrefill{.alpha = 0.9f,
+                     .global_window = block,
+                     .local_window = 2 * block,
+                     .last_queries = block + 1},
+        FlashPrefill{.alpha = 0, .last_queries = 0}, FlashPrefill{}}) {
+    check(data, pattern, [&](BlockOracle& oracle, const Oracle&, int32_t) {
+      oracle.flash_prefill(pattern);
+      return HeadPattern::kBlockSparse;
+    });
+  }
+}
+
+TEST_P(SelectBlocksCase, MInference) {
+  const CaseData data(GetParam());
+  const int64_t block = data.c.block_size;
+  // Every kind on every head in turn.
+  const std::vector<MInferenceHead> kinds{{Kind::kAShape, 3, block + 5},
+                                          {Kind::kBlockSparse, 2 * block + 1, 0},
+                                          {Kind::kVerticalSlash, 2 * block, block},
+                                          {Kind::kBlockSparse, 0, 0}};
+  for (size_t shift = 0; shift < kinds.size(); ++shift) {
+    std::vector<MInferenceHead> heads;
+    for (int32_t h = 0; h < data.c.h_q; ++h) heads.push_back(kinds[(h + shift) % kinds.size()]);
+    check(data, MInference{heads}, [&](BlockOracle& oracle, const Oracle& probe, int32_t h) {
+      const MInferenceHead& head = heads[h];
+      if (head.kind == Kind::kAShape) {
+        oracle.window(head.vertical_size, head.slash_size);
+        return HeadPattern::kStreaming;
+      }
+      if (head.kind == Kind::kBlockSparse) {
+        oracle.block_sparse(head.vertical_size);
+        return HeadPattern::kBlockSparse;
+      }
+      const auto blocks = [&](int64_t tokens) {
+        const int64_t n = std::clamp<int64_t>((tokens + block - 1) / block, 1, oracle.grid.n_kv);
+        return Range{n, n};
+      };
+      std::tie(oracle.must, oracle.may) =
+          probe.vertical_slash(blocks(head.vertical_size), blocks(head.slash_size));
+      return HeadPattern::kVerticalSlash;
+    });
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(CaseTable, SelectBlocksCase, ::testing::ValuesIn(block_cases()),
+                         [](const auto& param_info) { return param_info.param.name; });
+
+class SelectBlocksOn : public ::testing::TestWithParam<Execution> {};
+
+Case medium_case() {
+  return {.name = "medium",
+          .lengths = {{700, 1200}, {700, 1200}},
+          .h_q = 4,
+          .h_kv = 2,
+          .d_qk = 32,
+          .d_v = 32,
+          .block_size = 64,
+          .fill = Fill::kStructured,
+          .seed = 5};
+}
+
+const std::vector<MInferenceHead> kMixedHeads{{Kind::kBlockSparse, 200, 0},
+                                              {Kind::kAShape, 64, 128},
+                                              {Kind::kVerticalSlash, 128, 128},
+                                              {Kind::kBlockSparse, 64, 0}};
+std::vector<Pattern> medium_patterns() {
+  return {XAttention{}, XAttention{8, 0.5f},
+          FlashPrefill{.alpha = 0.5f, .global_window = 64, .local_window = 64, .last_queries = 0},
+          MInference{kMixedHeads}};
+}
+
+TEST_P(SelectBlocksOn, SameBitsForAnyNumberOfThreads) {
+  if (GetParam().backend == Backend::kReference) GTEST_SKIP() << "one thread";
+  namespace tbb = oneapi::tbb;
+  const tbb::global_control allow(tbb::global_control::max_allowed_parallelism, 8);
+  const CaseData data(medium_case());
+  for (const Pattern& pattern : medium_patterns()) {
+    Execution execution = GetParam();
+    execution.num_threads = 1;
+    const Selection one = run(data, pattern, execution);
+    for (const int32_t threads : {2, 8}) {
+      execution.num_threads = threads;
+      expect_equal(one, run(data, pattern, execution));
+    }
+  }
+}
+
+TEST_P(SelectBlocksOn, TheAuditChangesNothing) {
+  const CaseData data(medium_case());
+  for (const Pattern& pattern : medium_patterns()) {
+    const Selection audited = run(data, pattern, GetParam());
+    WorkspaceBuffer buffer;
+    BlockIndex index;
+    select(data.input, pattern, GetParam(),
+           buffer.reserve(select_workspace_size(data.input, pattern, GetParam())), index);
+    EXPECT_EQ(index.indptr, audited.index.indptr);
+    EXPECT_EQ(index.indices, audited.index.indices);
+  }
+}
+
+TEST_P(SelectBlocksOn, ANaNKeepsItsHeadsDenseAndNoOther) {
+  for (const float bad :
+       {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+    for (const Pattern& pattern : medium_patterns()) {
+      CaseData key(medium_case());
+      const Selection clean = run(key, pattern, GetParam());
+      key.set_k(0, 333, 1, 0, bad);
+      const Selection got = run(key, pattern, GetParam());
+      for (const int32_t h : {0, 1}) EXPECT_EQ(got.kept(0, h), clean.kept(0, h));
+      for (const int32_t h : {2, 3}) {
+        EXPECT_TRUE(got.is_dense(0, h)) << "head " << h;
+        EXPECT_EQ(got.head(0, h).pattern, HeadPattern::kDense);
+      }
+      for (const int32_t h : {0, 1, 2, 3}) EXPECT_EQ(got.kept(1, h), clean.kept(1, h));
+      CaseData query(medium_case());
+      query.set_q(0, 100, 0, 0, bad);  // head 0 is scored by blocks in every pattern
+      const Selection map = run(query, pattern, GetParam());
+      EXPECT_TRUE(map.is_dense(0, 0));
+      for (const int32_t h : {1, 2, 3}) EXPECT_EQ(map.kept(0, h), clean.kept(0, h));
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Targets, SelectBlocksOn, ::testing::ValuesIn(host_executions()),
+                         [](const auto& param_info) { return execution_name(param_info.param); });
+
+}  // namespace
+}  // namespace flexprefill::testing
