@@ -42,6 +42,7 @@ static_assert(FLEXPREFILL_BACKEND_SM90 == static_cast<int>(Backend::kSm90));
 static_assert(FLEXPREFILL_CPU_AUTO == static_cast<int>(CpuTarget::kAuto));
 static_assert(FLEXPREFILL_CPU_NEON == static_cast<int>(CpuTarget::kNeon));
 static_assert(FLEXPREFILL_HEAD_DENSE == static_cast<int>(HeadPattern::kDense));
+static_assert(FLEXPREFILL_HEAD_BLOCK_SPARSE == static_cast<int>(HeadPattern::kBlockSparse));
 static_assert(FLEXPREFILL_HEAD_STREAMING == static_cast<int>(HeadPattern::kStreaming));
 // A view hands the sequences out as pairs of int64.
 static_assert(sizeof(SequenceLengths) == 2 * sizeof(int64_t));
@@ -118,9 +119,9 @@ Struct read_struct(const Struct* from, Struct defaults, size_t first_version, co
 
 // Sizes in the version that brought each struct; they stay when the structs grow.
 constexpr size_t kInputSize1 = sizeof(flexprefill_input);
-constexpr size_t kPatternSize1 = sizeof(flexprefill_pattern);
+constexpr size_t kPatternSize1 = offsetof(flexprefill_pattern, stride);
 constexpr size_t kExecutionSize1 = offsetof(flexprefill_execution, stream);
-constexpr size_t kViewSize1 = sizeof(flexprefill_block_index_view);
+constexpr size_t kViewSize1 = offsetof(flexprefill_block_index_view, mean_correction);
 constexpr size_t kDeviceIndexSize1 = sizeof(flexprefill_device_block_index);
 
 TensorView to_tensor(const flexprefill_tensor& tensor) {
@@ -151,7 +152,8 @@ AttentionInput to_input(const flexprefill_input* from) {
   return input;
 }
 
-Pattern to_pattern(const flexprefill_pattern* from) {
+// A pattern of the caller's; `heads` holds what it points to.
+Pattern to_pattern(const flexprefill_pattern* from, std::vector<MInferenceHead>& heads) {
   if (from == nullptr) return FlexPrefill{};
   const flexprefill_pattern in =
       read_struct(from, flexprefill_pattern_default(FLEXPREFILL_PATTERN_FLEX_PREFILL),
@@ -168,8 +170,20 @@ Pattern to_pattern(const flexprefill_pattern* from) {
       return VerticalSlash{in.vertical_size, in.slash_size};
     case FLEXPREFILL_PATTERN_STREAMING_LLM:
       return StreamingLlm{in.global_window, in.local_window};
+    case FLEXPREFILL_PATTERN_XATTENTION:
+      return XAttention{in.stride, in.threshold};
+    case FLEXPREFILL_PATTERN_FLASH_PREFILL:
+      return FlashPrefill{in.alpha, in.global_window, in.local_window, in.last_queries,
+                          in.mean_correction != 0};
+    case FLEXPREFILL_PATTERN_MINFERENCE:
+      for (const flexprefill_minference_head& head :
+           array(in.heads, in.heads_count, "pattern.heads")) {
+        heads.push_back(
+            {static_cast<MInferenceHead::Kind>(head.kind), head.vertical_size, head.slash_size});
+      }
+      return MInference{heads};
   }
-  refuse("pattern.kind: expected 0 to 3, got " + std::to_string(in.kind));
+  refuse("pattern.kind: expected 0 to 6, got " + std::to_string(in.kind));
 }
 
 Execution to_execution(const flexprefill_execution* from) {
@@ -253,8 +267,9 @@ flexprefill_status flexprefill_select_workspace_size(const flexprefill_input* in
                                                      const flexprefill_execution* execution,
                                                      size_t* bytes) {
   return guarded([&] {
+    std::vector<MInferenceHead> heads;
     required(bytes, "bytes") =
-        select_workspace_size(to_input(input), to_pattern(pattern), to_execution(execution));
+        select_workspace_size(to_input(input), to_pattern(pattern, heads), to_execution(execution));
   });
 }
 
@@ -264,8 +279,9 @@ flexprefill_status flexprefill_select(const flexprefill_input* input,
                                       size_t workspace_bytes, flexprefill_block_index* index,
                                       flexprefill_head_audit* audit, int64_t audit_count) {
   return guarded([&] {
+    std::vector<MInferenceHead> heads;
     AuditOut audit_out(audit, audit_count);
-    select(to_input(input), to_pattern(pattern), to_execution(execution),
+    select(to_input(input), to_pattern(pattern, heads), to_execution(execution),
            {workspace, workspace_bytes}, required(index, "index").index, audit_out.heads());
     audit_out.write();
   });
@@ -296,8 +312,9 @@ flexprefill_status flexprefill_prefill_workspace_size(const flexprefill_input* i
                                                       const flexprefill_execution* execution,
                                                       size_t* bytes) {
   return guarded([&] {
-    required(bytes, "bytes") =
-        prefill_workspace_size(to_input(input), to_pattern(pattern), to_execution(execution));
+    std::vector<MInferenceHead> heads;
+    required(bytes, "bytes") = prefill_workspace_size(to_input(input), to_pattern(pattern, heads),
+                                                      to_execution(execution));
   });
 }
 
@@ -308,8 +325,9 @@ flexprefill_status flexprefill_prefill(const flexprefill_input* input,
                                        const flexprefill_tensor* lse, flexprefill_head_audit* audit,
                                        int64_t audit_count) {
   return guarded([&] {
+    std::vector<MInferenceHead> heads;
     AuditOut audit_out(audit, audit_count);
-    prefill(to_input(input), to_pattern(pattern), to_execution(execution),
+    prefill(to_input(input), to_pattern(pattern, heads), to_execution(execution),
             {workspace, workspace_bytes}, to_tensor(required(out, "out")),
             lse == nullptr ? TensorView{} : to_tensor(*lse), audit_out.heads());
     audit_out.write();
@@ -329,8 +347,9 @@ flexprefill_status flexprefill_select_on_device_workspace_size(
     const flexprefill_input* input, const flexprefill_pattern* pattern,
     const flexprefill_execution* execution, size_t* bytes) {
   return guarded([&] {
-    required(bytes, "bytes") = select_on_device_workspace_size(to_input(input), to_pattern(pattern),
-                                                               to_execution(execution));
+    std::vector<MInferenceHead> heads;
+    required(bytes, "bytes") = select_on_device_workspace_size(
+        to_input(input), to_pattern(pattern, heads), to_execution(execution));
   });
 }
 
@@ -340,8 +359,9 @@ flexprefill_status flexprefill_select_on_device(const flexprefill_input* input,
                                                 void* workspace, size_t workspace_bytes,
                                                 flexprefill_device_block_index* index) {
   return guarded([&] {
+    std::vector<MInferenceHead> heads;
     DeviceBlockIndex to = to_device_index(index);
-    select_on_device(to_input(input), to_pattern(pattern), to_execution(execution),
+    select_on_device(to_input(input), to_pattern(pattern, heads), to_execution(execution),
                      {workspace, workspace_bytes}, to);
     index->global_window = to.global_window;
     index->local_window = to.local_window;
@@ -407,6 +427,7 @@ flexprefill_status flexprefill_block_index_from_view(const flexprefill_block_ind
     made->index.h_q = in.h_q;
     made->index.global_window = in.global_window;
     made->index.local_window = in.local_window;
+    made->index.mean_correction = in.mean_correction != 0;
     made->index.sequences = to_sequences(in.sequence_lengths, in.sequence_count);
     const auto indptr = array(in.indptr, in.indptr_count, "indptr");
     const auto indices = array(in.indices, in.indices_count, "indices");
@@ -451,6 +472,7 @@ flexprefill_status flexprefill_block_index_get_view(const flexprefill_block_inde
     out.h_q = from.h_q;
     out.global_window = from.global_window;
     out.local_window = from.local_window;
+    out.mean_correction = from.mean_correction ? 1 : 0;
     out.sequence_lengths = reinterpret_cast<const int64_t*>(from.sequences.data());
     out.sequence_count = static_cast<int64_t>(from.sequences.size());
     out.indptr = from.indptr.data();

@@ -109,6 +109,66 @@ TEST(CApi, GivesWhatTheCppApiGives) {
   }
 }
 
+TEST(CApi, EveryPatternGivesWhatTheCppApiGives) {
+  using namespace flexprefill;
+  const std::vector<flexprefill_minference_head> heads{
+      {FLEXPREFILL_MINFERENCE_BLOCK_SPARSE, 0, 64, 0}, {FLEXPREFILL_MINFERENCE_A_SHAPE, 0, 32, 64}};
+  const std::vector<MInferenceHead> cpp_heads{{MInferenceHead::Kind::kBlockSparse, 64, 0},
+                                              {MInferenceHead::Kind::kAShape, 32, 64}};
+  const std::vector<Pattern> patterns{Dense{},
+                                      FlexPrefill{.min_budget = 32},
+                                      VerticalSlash{64, 64},
+                                      StreamingLlm{16, 40},
+                                      XAttention{8, 0.6f},
+                                      FlashPrefill{.alpha = 0.9f, .last_queries = 0},
+                                      MInference{cpp_heads}};
+  for (int32_t kind = 0; kind < 7; ++kind) {
+    Call call;
+    call.pattern = flexprefill_pattern_default(kind);
+    call.pattern.min_budget = 32;
+    call.pattern.vertical_size = call.pattern.slash_size = 64;
+    if (kind == FLEXPREFILL_PATTERN_STREAMING_LLM) {
+      call.pattern.global_window = 16;
+      call.pattern.local_window = 40;
+    }
+    call.pattern.stride = 8;
+    call.pattern.threshold = 0.6f;
+    call.pattern.alpha = 0.9f;
+    call.pattern.last_queries = 0;
+    call.pattern.heads = heads.data();
+    call.pattern.heads_count = 2;
+    EXPECT_EQ(call.prefill(), FLEXPREFILL_OK) << last_error();
+
+    const auto view = [](std::vector<float>& data, std::array<int64_t, 4> shape) {
+      return contiguous_view(data.data(), DType::kFloat32, shape);
+    };
+    AttentionInput input;
+    input.q = view(call.q, {Call::kB, Call::kSq, Call::kHq, Call::kD});
+    input.k = view(call.k, {Call::kB, Call::kSkv, Call::kHkv, Call::kD});
+    input.v = view(call.v, {Call::kB, Call::kSkv, Call::kHkv, Call::kD});
+    input.block_size = 32;
+    std::vector<float> out(call.out.size());
+    WorkspaceBuffer buffer;
+    const size_t bytes = prefill_workspace_size(input, patterns[kind], {});
+    prefill(input, patterns[kind], {}, buffer.reserve(bytes),
+            view(out, {Call::kB, Call::kSq, Call::kHq, Call::kD}));
+    EXPECT_EQ(call.out, out) << "kind " << kind;
+    const IndexPointer index = call.select();
+    flexprefill_block_index_view got = flexprefill_block_index_view_default();
+    ASSERT_EQ(flexprefill_block_index_get_view(index.get(), &got), FLEXPREFILL_OK);
+    EXPECT_EQ(got.mean_correction, kind == FLEXPREFILL_PATTERN_FLASH_PREFILL);
+  }
+}
+
+TEST(CApi, PatternOfTheFirstVersionIsTaken) {
+  Call call;
+  call.pattern.struct_size = offsetof(flexprefill_pattern, stride);
+  call.pattern.stride = 5;  // beyond the caller's struct
+  EXPECT_EQ(call.prefill(), FLEXPREFILL_OK) << last_error();
+  call.pattern.kind = FLEXPREFILL_PATTERN_XATTENTION;  // with the defaults
+  EXPECT_EQ(call.prefill(), FLEXPREFILL_OK) << last_error();
+}
+
 TEST(CApi, SizeQueriesAreEnough) {
   Call call;
   size_t bytes = 0;
@@ -144,6 +204,28 @@ TEST(CApi, RefusesBadArguments) {
   call.pattern = flexprefill_pattern_default(FLEXPREFILL_PATTERN_FLEX_PREFILL);
   call.pattern.max_budget = -2;
   call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "max_budget");
+  call = Call();
+  call.pattern = flexprefill_pattern_default(FLEXPREFILL_PATTERN_XATTENTION);
+  call.pattern.stride = 12;
+  call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "stride");
+  call.pattern.stride = 16;
+  call.pattern.threshold = 0;
+  call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "threshold");
+  call = Call();
+  call.pattern = flexprefill_pattern_default(FLEXPREFILL_PATTERN_FLASH_PREFILL);
+  call.pattern.alpha = 1.5f;
+  call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "alpha");
+  call = Call();
+  call.pattern = flexprefill_pattern_default(FLEXPREFILL_PATTERN_MINFERENCE);
+  call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "heads");
+  const flexprefill_minference_head bad[2] = {{0, 0, 64, 0}, {5, 0, 64, 64}};
+  call.pattern.heads = bad;
+  call.pattern.heads_count = 2;
+  call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "heads[0].slash_size");
+  call = Call();
+  call.pattern = flexprefill_pattern_default(FLEXPREFILL_PATTERN_XATTENTION);
+  call.execution.backend = FLEXPREFILL_BACKEND_CUDA;
+  EXPECT_EQ(call.prefill(), FLEXPREFILL_UNSUPPORTED);
   call = Call();
   call.execution.num_threads = -1;
   call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "num_threads");

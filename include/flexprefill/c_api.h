@@ -26,7 +26,7 @@ extern "C" {
 #endif
 
 // Goes up when something is added here; what is here stays as it is within a major version.
-#define FLEXPREFILL_C_API_VERSION 2
+#define FLEXPREFILL_C_API_VERSION 3
 
 typedef int32_t flexprefill_status;
 enum {
@@ -63,14 +63,26 @@ enum {
   FLEXPREFILL_PATTERN_DENSE = 0,
   FLEXPREFILL_PATTERN_FLEX_PREFILL = 1,
   FLEXPREFILL_PATTERN_VERTICAL_SLASH = 2,
-  FLEXPREFILL_PATTERN_STREAMING_LLM = 3
+  FLEXPREFILL_PATTERN_STREAMING_LLM = 3,
+  // Since version 3; host backends only.
+  FLEXPREFILL_PATTERN_XATTENTION = 4,
+  FLEXPREFILL_PATTERN_FLASH_PREFILL = 5,
+  FLEXPREFILL_PATTERN_MINFERENCE = 6
 };
 
 enum {
   FLEXPREFILL_HEAD_DENSE = 0,
   FLEXPREFILL_HEAD_VERTICAL_SLASH = 1,
   FLEXPREFILL_HEAD_QUERY_AWARE = 2,
-  FLEXPREFILL_HEAD_STREAMING = 3
+  FLEXPREFILL_HEAD_STREAMING = 3,
+  FLEXPREFILL_HEAD_BLOCK_SPARSE = 4  // by a score for each block; since version 3
+};
+
+// MInferenceHead::Kind in select.h.
+enum {
+  FLEXPREFILL_MINFERENCE_A_SHAPE = 0,
+  FLEXPREFILL_MINFERENCE_VERTICAL_SLASH = 1,
+  FLEXPREFILL_MINFERENCE_BLOCK_SPARSE = 2
 };
 
 #define FLEXPREFILL_NO_LIMIT (-1)
@@ -111,6 +123,14 @@ typedef struct flexprefill_input {
   int32_t block_size;      // 32, 64 or 128
 } flexprefill_input;
 
+// What one query head keeps under MInference; MInferenceHead in select.h.
+typedef struct flexprefill_minference_head {
+  int32_t kind;           // FLEXPREFILL_MINFERENCE_*
+  int32_t reserved;       // 0
+  int64_t vertical_size;  // tokens
+  int64_t slash_size;     // tokens
+} flexprefill_minference_head;
+
 // `kind` says which of the fields count; sizes, budgets and windows are tokens.
 typedef struct flexprefill_pattern {
   size_t struct_size;
@@ -122,8 +142,17 @@ typedef struct flexprefill_pattern {
   int64_t max_budget;     // flex_prefill; or FLEXPREFILL_NO_LIMIT
   int64_t vertical_size;  // vertical_slash
   int64_t slash_size;     // vertical_slash
-  int64_t global_window;  // streaming_llm
-  int64_t local_window;   // streaming_llm
+  int64_t global_window;  // streaming_llm, flash_prefill
+  int64_t local_window;   // streaming_llm, flash_prefill
+  // Since version 3; XAttention, FlashPrefill and MInference in select.h.
+  int64_t stride;                            // xattention: 8 or 16
+  float threshold;                           // xattention, in (0, 1]
+  float alpha;                               // flash_prefill, in [0, 1]
+  int64_t last_queries;                      // flash_prefill
+  const flexprefill_minference_head* heads;  // minference: [heads_count = h_q], used by the call
+  int64_t heads_count;
+  int32_t mean_correction;  // flash_prefill; not 0: dropped blocks count through their means
+  int32_t reserved3;        // 0
 } flexprefill_pattern;
 
 typedef struct flexprefill_execution {
@@ -160,6 +189,9 @@ typedef struct flexprefill_block_index_view {
   int64_t indptr_count;
   const int32_t* indices;  // [indices_count]; ascending within a row
   int64_t indices_count;
+  // Since version 3.
+  int32_t mean_correction;  // BlockIndex::mean_correction
+  int32_t reserved;         // 0
 } flexprefill_block_index_view;
 
 // An index in the caller's device memory; DeviceBlockIndex in block_index.h. Since version 2.
@@ -201,6 +233,15 @@ static inline flexprefill_pattern flexprefill_pattern_default(int32_t kind) {
   pattern.slash_size = 8192;
   pattern.global_window = 1024;
   pattern.local_window = 8192;
+  pattern.stride = 16;
+  pattern.threshold = 0.9f;
+  pattern.alpha = 0.1f;
+  if (kind == FLEXPREFILL_PATTERN_FLASH_PREFILL) {
+    pattern.global_window = 256;
+    pattern.local_window = 512;
+  }
+  pattern.last_queries = 1024;
+  pattern.mean_correction = 1;
   return pattern;
 }
 

@@ -96,6 +96,12 @@ void set_pointers(Script& script, std::vector<uint8_t> (&memory)[5]) {
     for (size_t i = 0; i < table.size(); ++i) table[i] = script.ints[1][i % kInts];
     input.page_table = table.data();
   }
+  static std::vector<flexprefill_minference_head> heads(kInts);
+  for (int64_t h = 0; h < kInts; ++h) {
+    heads[h] = {script.ints[2][h], 0, script.pattern.vertical_size, script.ints[0][h]};
+  }
+  script.pattern.heads = heads.data();
+  script.pattern.heads_count = limit(script.pattern.heads_count);
   input.struct_size = std::min(input.struct_size, sizeof(input));
   script.pattern.struct_size = std::min(script.pattern.struct_size, sizeof(script.pattern));
   script.execution.struct_size = std::min(script.execution.struct_size, sizeof(script.execution));
@@ -183,6 +189,8 @@ std::string seed(Function function, int32_t kind, int32_t dtype, bool packed, bo
   script.pattern.min_budget = script.pattern.vertical_size = script.pattern.slash_size = 32;
   script.pattern.global_window = 16;
   script.pattern.local_window = 40;
+  script.pattern.last_queries = 0;
+  script.pattern.heads_count = 2;
   script.execution = flexprefill_execution_default();
   script.execution.num_threads = 1;
   input.block_size = 32;
@@ -222,7 +230,7 @@ std::string seed(Function function, int32_t kind, int32_t dtype, bool packed, bo
 extern "C" int LLVMFuzzerInitialize(int* argc, char*** argv) {
   std::vector<std::string> seeds;
   for (uint8_t function = 0; function < kFunctions; ++function) {
-    for (int32_t kind = 0; kind < 4; ++kind) {
+    for (int32_t kind = 0; kind < 7; ++kind) {
       for (int32_t dtype = 0; dtype < 3; ++dtype) {
         const bool packed = (function + kind + dtype) % 2, paged = (kind + dtype) % 3 == 0;
         seeds.push_back(seed(static_cast<Function>(function), kind, dtype, packed, paged));
