@@ -86,6 +86,13 @@ struct HistogramWalk {
   FLEXPREFILL_HOST_DEVICE bool inside(uint32_t bits, int level) const {
     return level == 0 || (bits ^ prefix) >> shift(level - 1) == 0;
   }
+  // What was taken in the end: one value is left, which does not fit as often as it is there; so it
+  // weighs more than 0.
+  FLEXPREFILL_HOST_DEVICE Taken taken(Weight kind) const {
+    const uint64_t each = kind == Weight::kMass ? fixed_mass(std::bit_cast<float>(prefix)) : 1;
+    const int64_t ties = static_cast<int64_t>((limit - weight) / each);
+    return {.count = static_cast<int64_t>(count) + ties, .threshold = prefix, .ties = ties};
+  }
   // Takes whole buckets from the top while they fit, and chooses the first that does not.
   // False if all fit, which only level 0 can find.
   FLEXPREFILL_HOST_DEVICE bool descend(const Histogram& histogram, int level) {
@@ -118,10 +125,7 @@ FLEXPREFILL_HOST_DEVICE inline Taken take_largest(const float* x, int64_t size, 
     }
     if (!walk.descend(*histogram, level)) return {.count = size, .threshold = 0, .ties = size};
   }
-  // One value is left, which does not fit as often as it is there; so it weighs more than 0.
-  const uint64_t each = weight == Weight::kMass ? fixed_mass(std::bit_cast<float>(walk.prefix)) : 1;
-  const int64_t ties = static_cast<int64_t>((walk.limit - walk.weight) / each);
-  return {.count = static_cast<int64_t>(walk.count) + ties, .threshold = walk.prefix, .ties = ties};
+  return walk.taken(weight);
 }
 
 // ---- How many blocks ------------------------------------------------------------------------
@@ -177,17 +181,22 @@ FLEXPREFILL_HOST_DEVICE inline void block_sums(const float* x, int64_t size, int
   }
 }
 
-// Square root of the Jensen-Shannon divergence, natural logarithm, 0 log 0 = 0.
+// One entry's part of the sum over a log(a / mean) + b log(b / mean); 0 log 0 = 0.
+FLEXPREFILL_HOST_DEVICE inline double jsd_term(float p, float q) {
+  const double a = static_cast<double>(p);
+  const double b = static_cast<double>(q);
+  const double mean = (a + b) / 2;
+  return (a > 0 ? a * std::log(a / mean) : 0) + (b > 0 ? b * std::log(b / mean) : 0);
+}
+FLEXPREFILL_HOST_DEVICE inline float jsd_sqrt_of_sum(double sum) {
+  return static_cast<float>(std::sqrt(sum > 0 ? sum / 2 : 0));
+}
+
+// Square root of the Jensen-Shannon divergence, natural logarithm.
 FLEXPREFILL_HOST_DEVICE inline float jsd_sqrt(const float* p, const float* q, int64_t n) {
   double sum = 0;
-  for (int64_t j = 0; j < n; ++j) {
-    const double a = static_cast<double>(p[j]);
-    const double b = static_cast<double>(q[j]);
-    const double mean = (a + b) / 2;
-    if (a > 0) sum += a * std::log(a / mean);
-    if (b > 0) sum += b * std::log(b / mean);
-  }
-  return static_cast<float>(std::sqrt(sum > 0 ? sum / 2 : 0));
+  for (int64_t j = 0; j < n; ++j) sum += jsd_term(p[j], q[j]);
+  return jsd_sqrt_of_sum(sum);
 }
 
 // ---- Which blocks ---------------------------------------------------------------------------
@@ -276,20 +285,34 @@ FLEXPREFILL_HOST_DEVICE inline HeadChoice choose_fixed_sizes(
   return head;
 }
 
-// Row of query block i (absolute): key block j <= i is kept if it is a chosen block, or i - j a
-// chosen distance. row [words].
-FLEXPREFILL_HOST_DEVICE inline void write_row(const BlockChoice& choice, int64_t n, int64_t i,
-                                              uint64_t* row) {
+// Word w of a row with bits begin .. end - 1 set; begin, end >= 0.
+FLEXPREFILL_HOST_DEVICE inline uint64_t range_word(int64_t begin, int64_t end, int64_t w) {
+  const auto below = [&](int64_t bit) {  // bits of the word below `bit`
+    return bit <= 64 * w        ? uint64_t{0}
+           : bit >= 64 * w + 64 ? ~uint64_t{0}
+                                : ~(~uint64_t{0} << (bit - 64 * w));
+  };
+  return below(end) & ~below(begin);
+}
+
+// Word w of the row of query block i (absolute): key block j <= i is kept if it is a chosen block,
+// or i - j a chosen distance.
+FLEXPREFILL_HOST_DEVICE inline uint64_t row_word(const uint64_t* vertical_bits,
+                                                 const uint64_t* slash_bits, int64_t n, int64_t i,
+                                                 int64_t w) {
   const int64_t words = (n + 63) / 64;
   const int64_t shift = n - 1 - i;  // slash_bits >> shift: bit j is distance i - j
-  const int64_t skip = shift / 64;
+  const int64_t from = w + shift / 64;
   const int bits = static_cast<int>(shift % 64);
-  for (int64_t w = 0; w < words; ++w) {
-    uint64_t slash = w + skip < words ? choice.slash_bits[w + skip] >> bits : 0;
-    if (bits != 0 && w + skip + 1 < words) slash |= choice.slash_bits[w + skip + 1] << (64 - bits);
-    uint64_t causal = ~uint64_t{0};
-    if (i < 64 * w + 63) causal = i < 64 * w ? 0 : causal >> (64 * w + 63 - i);
-    row[w] = (choice.vertical_bits[w] & causal) | slash;
+  uint64_t slash = from < words ? slash_bits[from] >> bits : 0;
+  if (bits != 0 && from + 1 < words) slash |= slash_bits[from + 1] << (64 - bits);
+  return (vertical_bits[w] & range_word(0, i + 1, w)) | slash;
+}
+
+FLEXPREFILL_HOST_DEVICE inline void write_row(const BlockChoice& choice, int64_t n, int64_t i,
+                                              uint64_t* row) {
+  for (int64_t w = 0; w < (n + 63) / 64; ++w) {
+    row[w] = row_word(choice.vertical_bits, choice.slash_bits, n, i, w);
   }
 }
 
@@ -307,23 +330,27 @@ FLEXPREFILL_HOST_DEVICE inline void keep_map_row(const float* map_row, int64_t i
   }
 }
 
-// Row of query block i whose first query stands at `position`: the blocks that a window of the
-// first global_window keys and each query's last local_window (>= 1) keys touches.
+// Word w of the row of query block i whose first query stands at `position`: the blocks that a
+// window of the first global_window keys and each query's last local_window (>= 1) keys touches.
+FLEXPREFILL_HOST_DEVICE inline uint64_t window_word(int64_t global_window, int64_t local_window,
+                                                    int64_t position, int64_t block_size, int64_t i,
+                                                    int64_t w) {
+  const int64_t first_key = position - local_window + 1;
+  const int64_t local = first_key > 0 ? first_key / block_size : 0;
+  return (range_word(0, whole_blocks(global_window, block_size), w) & range_word(0, i + 1, w)) |
+         range_word(local, i + 1, w);
+}
+
 FLEXPREFILL_HOST_DEVICE inline void write_window_row(const StreamingLlm& window, int64_t position,
                                                      int64_t block_size, int64_t n, int64_t i,
                                                      uint64_t* row) {
-  for (int64_t w = 0; w < (n + 63) / 64; ++w) row[w] = 0;
-  const int64_t first_key = position - window.local_window + 1;
-  const int64_t local = first_key > 0 ? first_key / block_size : 0;
-  for (int64_t j = 0; j <= i; ++j) {
-    if (j >= local || j * block_size < window.global_window) set_bit(row, j);
+  for (int64_t w = 0; w < (n + 63) / 64; ++w) {
+    row[w] = window_word(window.global_window, window.local_window, position, block_size, i, w);
   }
 }
 
 FLEXPREFILL_HOST_DEVICE inline void write_dense_row(int64_t n, int64_t i, uint64_t* row) {
-  for (int64_t w = 0; w < (n + 63) / 64; ++w) {
-    row[w] = i >= 64 * w + 63 ? ~uint64_t{0} : i < 64 * w ? 0 : ~uint64_t{0} >> (64 * w + 63 - i);
-  }
+  for (int64_t w = 0; w < (n + 63) / 64; ++w) row[w] = range_word(0, i + 1, w);
 }
 
 }  // namespace flexprefill

@@ -1,0 +1,394 @@
+// The decisions of select on the device, as pattern.h makes them: bit-equal given equal scores.
+// Block sums are made by one thread a block in order, masses are integers, ties are counted in
+// order of index; only the sum of jsd_sqrt is in another order.
+//   finish_scores  slash scores and their chunks' tails, block sums          CTA: head, 8192
+//   entries choose         covers, distance, pattern, best blocks and distances      CTA: head
+#ifndef FLEXPREFILL_SRC_SELECT_CHOOSE_CUDA_CUH_
+#define FLEXPREFILL_SRC_SELECT_CHOOSE_CUDA_CUH_
+
+#include "cuda/launch.cuh"
+#include "select/select_device.cuh"
+
+namespace flexprefill {
+
+// ---- The largest entries, by a CTA --------------------------------------------------------------
+
+// A histogram in shared memory. Masses go to two 32-bit sums, which have atomics, and from there to
+// 64 bits before either can overflow: after kRound entries of a total mass below 2^11.
+struct SharedHistogram {
+  static constexpr int kLowBits = 19;
+  static constexpr int kRound = 8192;
+  uint64_t weight[Histogram::kBuckets];
+  uint32_t low[Histogram::kBuckets], high[Histogram::kBuckets];
+  uint32_t count[Histogram::kBuckets];
+
+  __device__ void clear(int thread, int threads) {
+    for (int i = thread; i < Histogram::kBuckets; i += threads) {
+      weight[i] = 0;
+      low[i] = high[i] = count[i] = 0;
+    }
+  }
+  // Entries without mass never lie above a chosen bucket: whoever weighs by mass leaves them out.
+  __device__ void add_mass(int bucket, uint64_t mass) {
+    const auto upper = static_cast<uint32_t>(mass >> kLowBits);
+    atomicAdd(&low[bucket], static_cast<uint32_t>(mass) & ((1u << kLowBits) - 1));
+    if (upper != 0) atomicAdd(&high[bucket], upper);
+    atomicAdd(&count[bucket], 1u);
+  }
+  // After a barrier; a bucket belongs to one thread.
+  __device__ void collect(int i) {
+    weight[i] += low[i] + (static_cast<uint64_t>(high[i]) << kLowBits);
+    low[i] = high[i] = 0;
+  }
+};
+
+template <int kThreads>
+struct DescendShared {
+  HistogramWalk walk;
+  uint64_t weight[kThreads / 32], count[kThreads / 32];
+  bool found;
+};
+
+// HistogramWalk::descend by a CTA: shared.walk goes down one level. weight(i), count(i) are those
+// of bucket i. Begins and ends with a barrier.
+template <int kThreads, typename WeightOf, typename CountOf>
+__device__ bool descend_cta(int level, DescendShared<kThreads>& shared, const WeightOf& weight,
+                            const CountOf& count) {
+  const auto thread = static_cast<int>(threadIdx.x);
+  const int each = HistogramWalk::buckets(level) / kThreads;
+  const int top = HistogramWalk::buckets(level) - 1 - thread * each;  // of this thread's buckets
+  __syncthreads();
+  uint64_t own_weight = 0, own_count = 0;
+  for (int i = top; i > top - each; --i) {
+    own_weight += weight(i);
+    own_count += count(i);
+  }
+  uint64_t up_weight = own_weight, up_count = own_count;  // of the warp's buckets down to its own
+  for (int lanes = 1; lanes < 32; lanes *= 2) {
+    const uint64_t w = __shfl_up_sync(0xffffffffu, up_weight, lanes);
+    const uint64_t c = __shfl_up_sync(0xffffffffu, up_count, lanes);
+    if (thread % 32 >= lanes) {
+      up_weight += w;
+      up_count += c;
+    }
+  }
+  if (thread % 32 == 31) {
+    shared.weight[thread / 32] = up_weight;
+    shared.count[thread / 32] = up_count;
+  }
+  if (thread == 0) shared.found = false;
+  const uint64_t left = shared.walk.limit - shared.walk.weight;
+  __syncthreads();
+  uint64_t above_weight = up_weight - own_weight, above_count = up_count - own_count;
+  for (int warp = 0; warp < thread / 32; ++warp) {
+    above_weight += shared.weight[warp];
+    above_count += shared.count[warp];
+  }
+  // The one thread in whose buckets the running weight crosses the limit.
+  if (above_weight <= left && own_weight > left - above_weight) {
+    int i = top;
+    while (weight(i) <= left - above_weight) {
+      above_weight += weight(i);
+      above_count += count(i);
+      --i;
+    }
+    shared.walk.weight += above_weight;
+    shared.walk.count += above_count;
+    shared.walk.prefix |= static_cast<uint32_t>(i) << HistogramWalk::shift(level);
+    shared.found = true;
+  }
+  __syncthreads();
+  return shared.found;
+}
+
+template <int kThreads>
+struct TakeShared {
+  SharedHistogram histogram;
+  DescendShared<kThreads> descend;
+};
+
+// take_largest of pattern.h; every thread gets the result.
+template <int kThreads>
+__device__ Taken take_largest_cta(const float* x, int64_t size, Weight weight, uint64_t limit,
+                                  TakeShared<kThreads>& shared) {
+  const auto thread = static_cast<int>(threadIdx.x);
+  SharedHistogram& histogram = shared.histogram;
+  __syncthreads();  // what was there may be in use
+  if (thread == 0) shared.descend.walk = HistogramWalk{.limit = limit};
+  for (int level = 0; level < Histogram::kLevels; ++level) {
+    histogram.clear(thread, kThreads);
+    __syncthreads();
+    const HistogramWalk walk = shared.descend.walk;
+    for (int64_t begin = 0; begin < size; begin += SharedHistogram::kRound) {
+      const int64_t end =
+          begin + SharedHistogram::kRound < size ? begin + SharedHistogram::kRound : size;
+#pragma unroll 4
+      for (int64_t e = begin + thread; e < end; e += kThreads) {
+        const float value = x[e];
+        const auto bits = std::bit_cast<uint32_t>(value);
+        if (!walk.inside(bits, level)) continue;
+        const int bucket = HistogramWalk::bucket(bits, level);
+        if (weight == Weight::kCount) {
+          atomicAdd(&histogram.count[bucket], 1u);
+        } else if (const uint64_t mass = fixed_mass(value); mass != 0) {
+          histogram.add_mass(bucket, mass);
+        }
+      }
+      if (weight == Weight::kCount) continue;
+      __syncthreads();
+      for (int i = thread; i < HistogramWalk::buckets(level); i += kThreads) histogram.collect(i);
+      __syncthreads();
+    }
+    const bool found = descend_cta<kThreads>(
+        level, shared.descend,
+        [&](int i) {
+          return weight == Weight::kCount ? static_cast<uint64_t>(histogram.count[i])
+                                          : histogram.weight[i];
+        },
+        [&](int i) { return static_cast<uint64_t>(histogram.count[i]); });
+    if (!found) return {.count = size, .threshold = 0, .ties = size};
+  }
+  return shared.descend.walk.taken(weight);
+}
+
+// set(e) for the entries 1 .. n - 1 of x that are taken, by one warp: 32 entries at a time, ties in
+// order of index. taken: of the entries from 1 on.
+template <typename Set>
+__device__ void for_each_taken_warp(const float* x, int64_t n, const Taken& taken, const Set& set) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  int64_t ties = 0;
+  for (int64_t first = 1; first < n; first += 32) {
+    const int64_t e = first + lane;
+    const uint32_t bits = e < n ? std::bit_cast<uint32_t>(x[e]) : 0;
+    const uint32_t equal = __ballot_sync(0xffffffffu, e < n && bits == taken.threshold);
+    const bool is_equal = (equal >> lane & 1) != 0;
+    const int before = __popc(equal & ((1u << lane) - 1));
+    if (e < n && (is_equal ? ties + before < taken.ties : bits > taken.threshold)) set(e);
+    ties += __popc(equal);
+  }
+}
+
+// ---- Scores of whole blocks ---------------------------------------------------------------------
+
+constexpr int kFinishThreads = 256;
+constexpr int kFinishEntries = 8192;  // of a CTA, a multiple of every block size
+// A gap after each block, so that neighbours' sums meet no bank twice.
+constexpr size_t kFinishSharedBytes = (kFinishEntries + kFinishEntries / 32) * sizeof(float);
+
+__global__ void __launch_bounds__(kFinishThreads)
+    finish_scores_kernel(const SelectProblem select, int32_t pieces) {
+  const DeviceProblem& problem = select.problem;
+  const auto thread = static_cast<int32_t>(threadIdx.x);
+  auto x = static_cast<int32_t>(blockIdx.x);
+  const int64_t first = static_cast<int64_t>(x % pieces) * kFinishEntries;
+  x /= pieces;
+  const bool of_slash = x % 2 != 0;
+  const HeadView head = HeadView::of(select, x / 2);
+  const SelectSequence& plan = select.sequences[head.sequence];
+  const DeviceSequence& sequence = problem.sequences[head.sequence];
+  if (plan.probed == 0 || first >= sequence.s_kv || select.dead[head.number] != 0) return;
+  const int64_t left = sequence.s_kv - first;
+  const auto n = static_cast<int32_t>(left < kFinishEntries ? left : kFinishEntries);
+  const int32_t block_size = problem.block_size;
+  auto* values = reinterpret_cast<float*>(shared_memory());
+
+  float* scores = (of_slash ? select.slash : select.vertical) + plan.first_key +
+                  static_cast<int64_t>(head.head) * sequence.s_kv + first;
+  const float* tails =
+      select.slash_tails + (plan.first_chunk + static_cast<int64_t>(head.head) * plan.chunks) * 128;
+  for (int32_t e = thread; e < n; e += kFinishThreads) {
+    float value = scores[e];
+    if (of_slash) {
+      // Diagonal u = key - probe row lies in the chunk of key u; the last 127 diagonals of a chunk
+      // go on in the next one.
+      const int64_t u = plan.probe_position - (first + e);
+      if (u >= 0) {
+        const auto next = static_cast<int32_t>(u / select.chunk_keys) + 1;
+        const int64_t entry = u - static_cast<int64_t>(next) * select.chunk_keys + 127;
+        if (entry >= 0 && next < plan.chunks) {
+          value += tails[static_cast<int64_t>(next) * 128 + entry];
+          scores[e] = value;
+        }
+      }
+    }
+    values[e + e / block_size] = value;
+  }
+  __syncthreads();
+  float* sums = (of_slash ? select.slash_block : select.vertical_block) + plan.first_block +
+                static_cast<int64_t>(head.head) * sequence.n_kv + first / block_size;
+  for (int32_t b = thread; b * block_size < n; b += kFinishThreads) {
+    const int32_t end = (b + 1) * block_size < n ? (b + 1) * block_size : n;
+    block_sums(values + b * (block_size + 1), end - b * block_size, block_size, sums + b);
+  }
+}
+
+// ---- The choice ---------------------------------------------------------------------------------
+
+constexpr int kChooseThreads = 1024;
+
+struct ChooseShared {
+  TakeShared<kChooseThreads> take;
+  double sums[kChooseThreads / 32];
+  float maxima[kChooseThreads / 32];
+  float mean[256];
+};
+static_assert(sizeof(ChooseShared::take) >= kChooseThreads * 8 * sizeof(float),
+              "partial means borrow the histogram");
+
+// Scores of one head, as choose_flex_prefill takes them.
+struct HeadScores {
+  const float *vertical, *slash, *vertical_block, *slash_block, *pooled;
+  int64_t s_kv, n;
+};
+
+// jsd_sqrt of pattern.h, the sum in another order.
+template <int kThreads>
+__device__ float jsd_sqrt_cta(const float* p, const float* q, int64_t n, double* scratch) {
+  double sum = 0;
+  for (int64_t j = threadIdx.x; j < n; j += kThreads) sum += jsd_term(p[j], q[j]);
+  return jsd_sqrt_of_sum(sum_cta<kThreads>(sum, scratch));
+}
+
+// Steps 2, 4 and 5 of FlexPrefill, or VerticalSlash's sizes: choose_flex_prefill and
+// choose_fixed_sizes of pattern.h after their block sums. vertical_bits, slash_bits [words] in
+// global memory. Every thread gets the result.
+__device__ inline HeadChoice choose_cta(const HeadScores& scores, const SelectSequence& plan,
+                                        bool by_blocks, float gamma, float tau, int32_t block_size,
+                                        uint64_t* vertical_bits, uint64_t* slash_bits,
+                                        ChooseShared& shared) {
+  const auto thread = static_cast<int32_t>(threadIdx.x);
+  HeadChoice choice{.pattern = HeadPattern::kVerticalSlash,
+                    .jsd_sqrt = 0,
+                    .vertical_blocks = plan.vertical_low,
+                    .slash_blocks = plan.slash_low};
+  if (by_blocks) {
+    choice.jsd_sqrt =
+        jsd_sqrt_cta<kChooseThreads>(scores.pooled, scores.vertical_block, scores.n, shared.sums);
+    if (choice.jsd_sqrt < tau) {
+      choice.pattern = HeadPattern::kQueryAware;
+    } else {
+      const auto blocks = [&](const float* x, int32_t low, int32_t high) {
+        const Taken taken = take_largest_cta<kChooseThreads>(x, scores.s_kv, Weight::kMass,
+                                                             mass_limit(gamma, 1), shared.take);
+        return cover_blocks(taken.count + 1, block_size,
+                            {.gamma = gamma, .tau = tau, .min_blocks = low, .max_blocks = high});
+      };
+      choice.vertical_blocks = blocks(scores.vertical, plan.vertical_low, plan.vertical_high);
+      choice.slash_blocks = blocks(scores.slash, plan.slash_low, plan.slash_high);
+    }
+  }
+  const int64_t n = scores.n;
+  const Taken vertical = take_largest_cta<kChooseThreads>(
+      scores.vertical_block + 1, n - 1, Weight::kCount,
+      static_cast<uint64_t>(choice.vertical_blocks - 1), shared.take);
+  const Taken slash =
+      take_largest_cta<kChooseThreads>(scores.slash_block + 1, n - 1, Weight::kCount,
+                                       static_cast<uint64_t>(choice.slash_blocks - 1), shared.take);
+  for (int64_t w = thread; w < (n + 63) / 64; w += kChooseThreads) {
+    vertical_bits[w] = w == 0 ? 1 : 0;
+    slash_bits[w] = w == (n - 1) / 64 ? uint64_t{1} << (n - 1) % 64 : 0;
+  }
+  __syncthreads();
+  const auto set = [](uint64_t* bits, int64_t i) {
+    atomicOr(reinterpret_cast<unsigned long long*>(bits + i / 64), 1ull << (i % 64));
+  };
+  if (thread / 32 == 0) {
+    for_each_taken_warp(scores.vertical_block, n, vertical,
+                        [&](int64_t e) { set(vertical_bits, e); });
+  } else if (thread / 32 == 1) {
+    for_each_taken_warp(scores.slash_block, n, slash,
+                        [&](int64_t e) { set(slash_bits, n - 1 - e); });
+  }
+  return choice;
+}
+
+// Step 4's estimate from block means: pooled[j] = share * exp2(scale * q_mean . k_mean_j) / sum.
+// False where it is NaN.
+template <typename Element>
+__device__ bool pool_probe(const SelectProblem& select, const HeadView& head, float* pooled,
+                           ChooseShared& shared) {
+  const DeviceProblem& problem = select.problem;
+  const SelectSequence& plan = select.sequences[head.sequence];
+  const DeviceSequence& sequence = problem.sequences[head.sequence];
+  const auto thread = static_cast<int32_t>(threadIdx.x);
+  const int32_t d = problem.d_qk, lane = thread % 32;
+  const std::byte* q = problem.q_row(problem.q, head.sequence, head.head, plan.probe_first_row);
+  mean_rows_cta<Element, kChooseThreads>(
+      plan.probe_rows, d, select.q_aligned, reinterpret_cast<float*>(&shared.take), shared.mean,
+      [&](int32_t i) { return q + i * problem.q.row_stride * 2; });
+  __syncthreads();
+  const float* means =
+      select.k_means +
+      (plan.first_kv_block + static_cast<int64_t>(problem.kv_head(head.head)) * sequence.n_kv) * d;
+  float highest = -INFINITY;
+  for (int64_t j = thread / 32; j < sequence.n_kv; j += kChooseThreads / 32) {
+    float dot = 0;
+    for (int32_t c = lane; c < d; c += 32) dot = fmaf(shared.mean[c], means[j * d + c], dot);
+    for (int lanes = 16; lanes > 0; lanes /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, lanes);
+    const float logit = dot * select.scale_log2;
+    if (lane == 0) pooled[j] = logit;
+    highest = fmaxf(highest, logit);
+  }
+  highest = combine_cta<kChooseThreads>(highest, shared.maxima,
+                                        [](float a, float b) { return fmaxf(a, b); });
+  double sum = 0;
+  for (int64_t j = thread; j < sequence.n_kv; j += kChooseThreads) {
+    const int64_t left = sequence.s_kv - j * problem.block_size;
+    const float share = left < problem.block_size
+                            ? static_cast<float>(left) / static_cast<float>(problem.block_size)
+                            : 1.0f;
+    const float a = share * exp2_approx(pooled[j] - highest);
+    pooled[j] = a;
+    sum += static_cast<double>(a);
+  }
+  sum = sum_cta<kChooseThreads>(sum, shared.sums);
+  const auto inverse = static_cast<float>(1 / sum);
+  for (int64_t j = thread; j < sequence.n_kv; j += kChooseThreads) pooled[j] *= inverse;
+  __syncthreads();
+  return sum > 0;
+}
+
+template <typename Element>
+__global__ void __launch_bounds__(kChooseThreads) choose_kernel(const SelectProblem select) {
+  const HeadView head = HeadView::of(select, static_cast<int32_t>(blockIdx.x));
+  const SelectSequence& plan = select.sequences[head.sequence];
+  const DeviceSequence& sequence = select.problem.sequences[head.sequence];
+  const auto thread = static_cast<int32_t>(threadIdx.x);
+  auto& shared = *reinterpret_cast<ChooseShared*>(shared_memory());
+  const int64_t block = plan.first_block + static_cast<int64_t>(head.head) * sequence.n_kv;
+  const int64_t word = plan.first_word + static_cast<int64_t>(head.head) * sequence.words_per_row;
+  const int64_t key = plan.first_key + static_cast<int64_t>(head.head) * sequence.s_kv;
+  float* pooled = select.pooled + block;
+  if (plan.probed == 0 || select.dead[head.number] != 0 ||
+      (select.by_blocks && !pool_probe<Element>(select, head, pooled, shared))) {
+    if (thread == 0) select.choices[head.number] = HeadChoice{};
+    return;
+  }
+  const HeadScores scores{.vertical = select.vertical + key,
+                          .slash = select.slash + key,
+                          .vertical_block = select.vertical_block + block,
+                          .slash_block = select.slash_block + block,
+                          .pooled = pooled,
+                          .s_kv = sequence.s_kv,
+                          .n = sequence.n_kv};
+  const HeadChoice choice = choose_cta(scores, plan, select.by_blocks, select.gamma, select.tau,
+                                       select.problem.block_size, select.vertical_bits + word,
+                                       select.slash_bits + word, shared);
+  if (thread == 0) select.choices[head.number] = choice;
+  if (choice.pattern != HeadPattern::kQueryAware) return;
+  Histogram& histogram = select.histograms[head.number];
+  for (int i = thread; i < Histogram::kBuckets; i += kChooseThreads) {
+    histogram.weight[i] = histogram.count[i] = 0;
+  }
+  if (thread == 0) {
+    select.map_states[head.number] = {.walk = {.limit = mass_limit(select.gamma, sequence.n_q)},
+                                      .taken = {},
+                                      .tickets = 0,
+                                      .done = 0};
+    select.map_heads[atomicAdd(select.map_count, 1)] = head.number;
+  }
+}
+
+}  // namespace flexprefill
+
+#endif  // FLEXPREFILL_SRC_SELECT_CHOOSE_CUDA_CUH_

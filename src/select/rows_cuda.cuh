@@ -1,0 +1,120 @@
+// Around the decisions of select on the device: the plan's table, the rows of the index, the audit.
+#ifndef FLEXPREFILL_SRC_SELECT_ROWS_CUDA_CUH_
+#define FLEXPREFILL_SRC_SELECT_ROWS_CUDA_CUH_
+
+#include "cuda/launch.cuh"
+#include "select/select_device.cuh"
+
+namespace flexprefill {
+
+// Entries of the table that one launch carries: as kernel parameters they need no host memory when
+// a CUDA graph replays.
+struct SequenceEntries {
+  static constexpr int kEntries = 32;
+  SelectSequence entries[kEntries];
+  int32_t first, n;
+};
+
+__global__ void prepare_kernel(const SequenceEntries from, SelectSequence* to, int32_t* map_count) {
+  const auto thread = static_cast<int32_t>(threadIdx.x);
+  if (thread < from.n) to[from.first + thread] = from.entries[thread];
+  if (thread == 0 && map_count != nullptr) *map_count = 0;
+}
+
+// ---- Rows ---------------------------------------------------------------------------------------
+
+constexpr int kRowsThreads = 256;
+constexpr int kRowsTile = 64;  // rows of a CTA
+
+__global__ void __launch_bounds__(kRowsThreads)
+    rows_kernel(const SelectProblem select, int32_t tiles) {
+  const DeviceProblem& problem = select.problem;
+  const auto x = static_cast<int32_t>(blockIdx.x);
+  const HeadView head = HeadView::of(select, x / tiles);
+  const DeviceSequence& sequence = problem.sequences[head.sequence];
+  const SelectSequence& plan = select.sequences[head.sequence];
+  const int32_t first = x % tiles * kRowsTile;
+  if (first >= sequence.n_q) return;
+  const int32_t rows = sequence.n_q - first < kRowsTile ? sequence.n_q - first : kRowsTile;
+  const int32_t words = sequence.words_per_row;
+  const bool windowed = select.local_window > 0;
+  const bool dense =
+      !windowed && (plan.probed == 0 || select.choices[head.number].pattern == HeadPattern::kDense);
+  const int64_t choice = plan.first_word + static_cast<int64_t>(head.head) * words;
+  uint64_t* to = select.bits + sequence.first_word +
+                 (static_cast<int64_t>(head.head) * sequence.n_q + first) * words;
+  for (int32_t e = static_cast<int32_t>(threadIdx.x); e < rows * words; e += kRowsThreads) {
+    const int32_t w = e % words;
+    const int64_t i = sequence.first_q_block + first + e / words;
+    if (windowed) {
+      const int64_t begin = i * problem.block_size;
+      const int64_t position =
+          begin > sequence.first_position() ? begin : sequence.first_position();
+      to[e] = window_word(select.global_window, select.local_window, position, problem.block_size,
+                          i, w);
+    } else if (dense) {
+      to[e] = range_word(0, i + 1, w);
+    } else {
+      to[e] =
+          row_word(select.vertical_bits + choice, select.slash_bits + choice, sequence.n_kv, i, w);
+    }
+  }
+}
+
+// ---- The audit ----------------------------------------------------------------------------------
+
+constexpr int kAuditThreads = 256;
+
+__global__ void __launch_bounds__(kAuditThreads) audit_kernel(const SelectProblem select) {
+  const DeviceProblem& problem = select.problem;
+  const HeadView head = HeadView::of(select, static_cast<int32_t>(blockIdx.x));
+  const DeviceSequence& sequence = problem.sequences[head.sequence];
+  const SelectSequence& plan = select.sequences[head.sequence];
+  const auto thread = static_cast<int32_t>(threadIdx.x);
+  const bool windowed = select.local_window > 0;
+  HeadChoice choice{};
+  if (windowed) {
+    choice.pattern = HeadPattern::kStreaming;
+  } else if (plan.probed != 0) {
+    choice = select.choices[head.number];
+  }
+  if (choice.pattern == HeadPattern::kDense) {
+    if (thread == 0) select.audit[head.number] = HeadAudit{};
+    return;
+  }
+  auto* scratch = reinterpret_cast<double*>(shared_memory());
+  const int64_t head_words = static_cast<int64_t>(sequence.n_q) * sequence.words_per_row;
+  const uint64_t* bits = select.bits + sequence.first_word + head.head * head_words;
+  double kept = 0;  // blocks: exact, far below 2^53
+  for (int64_t w = thread; w < head_words; w += kAuditThreads) {
+    kept += __popcll(bits[w]);
+  }
+  kept = sum_cta<kAuditThreads>(kept, scratch);
+  double mass = 0;
+  const float* masses =
+      select.block_mass + 2 * (plan.first_block + static_cast<int64_t>(head.head) * sequence.n_kv);
+  for (int32_t half = 0; half < (plan.probe_split < plan.probe_rows ? 2 : 1); ++half) {
+    const uint64_t* row =
+        bits + static_cast<int64_t>(plan.probe_first_block + half - sequence.first_q_block) *
+                   sequence.words_per_row;
+    for (int32_t j = thread; j < sequence.n_kv; j += kAuditThreads) {
+      if (has_bit(row, j)) {
+        mass += static_cast<double>(masses[half * static_cast<int64_t>(sequence.n_kv) + j]);
+      }
+    }
+  }
+  mass = sum_cta<kAuditThreads>(mass, scratch);
+  if (thread != 0) return;
+  if (select.dead[head.number] != 0) mass = std::numeric_limits<double>::quiet_NaN();
+  select.audit[head.number] = {
+      .pattern = choice.pattern,
+      .jsd_sqrt = choice.jsd_sqrt,
+      .vertical_blocks = static_cast<int32_t>(choice.vertical_blocks),
+      .slash_blocks = static_cast<int32_t>(choice.slash_blocks),
+      .kept_mass = static_cast<float>(mass),
+      .density = static_cast<float>(kept / static_cast<double>(causal_blocks_of(sequence)))};
+}
+
+}  // namespace flexprefill
+
+#endif  // FLEXPREFILL_SRC_SELECT_ROWS_CUDA_CUH_

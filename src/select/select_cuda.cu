@@ -1,0 +1,318 @@
+// select on the device, for every card of compute capability 8.0 and up: all of it on the caller's
+// stream, no synchronisation and no allocation.
+//
+//   prepare          the table of sequences
+//   probe_stats      pass 1 of the probe, means of the key blocks              probe_cuda.cuh
+//   probe_scores     pass 2: vertical and slash scores
+//   finish_scores    slash scores across chunks, block sums                    choose_cuda.cuh
+//   choose           decides head by head
+//   map_means, map_sweep x 5                                                   map_cuda.cuh
+//   rows             writes the bits of every row                              rows_cuda.cuh
+//   map_sweep        adds what query-aware heads keep
+//   audit            if asked
+//
+// A pattern runs what it needs: a window without audit and dense rows the first kernel and rows,
+// VerticalSlash no map, FlexPrefill with tau = 0 none either.
+//
+// Workspace for n = s_kv / B key blocks, per query head: 8 bytes a key (vertical and slash scores),
+// 12 n bytes of block scores, 2 KB a chunk of keys (at most 128 chunks) and 32 KB for the map's
+// histogram; per K/V head 4 n d bytes of block means. The map's 4 n d bytes of query block means
+// and 9 bytes a word of bits take the place of the scores, which are not read any more. No P x s_kv
+// and no map: with 32 / 8 heads of 128 at 128k tokens 41 MB and 4 MB of bits, 2.8 % of q, k and v.
+#include <algorithm>
+#include <numbers>
+#include <variant>
+
+#include "cuda/backend_cuda.h"
+#include "cuda/launch.cuh"
+#include "math.h"
+#include "select/choose_cuda.cuh"
+#include "select/map_cuda.cuh"
+#include "select/probe_cuda.cuh"
+#include "select/rows_cuda.cuh"
+#include "select/select_rows.h"
+
+namespace flexprefill {
+namespace {
+
+// Keys of a CTA of the probe. Fewer than kLeastChunk cost more in loading the probe than they gain;
+// more than kMostChunks cost more in putting a row's sums together; kTasks fill a card four times.
+constexpr int64_t kLeastChunk = 512;
+constexpr int64_t kMostChunks = 128;
+constexpr int64_t kTasks = 1024;
+
+int64_t chunk_keys(const Problem& problem, const std::vector<bool>& probed) {
+  int64_t keys = 0, longest = 0;
+  for (int64_t s = 0; s < problem.b(); ++s) {
+    if (!probed[s]) continue;
+    keys += problem.lengths[s].s_kv * problem.h_q;
+    longest = std::max(longest, problem.lengths[s].s_kv);
+  }
+  const int64_t least =
+      std::max({kLeastChunk, ceil_div(keys, kTasks), ceil_div(longest, kMostChunks)});
+  return ceil_div(least, kProbeKeys) * kProbeKeys;
+}
+
+// The lengths of the arrays, and the table that leads into them.
+struct Plan {
+  Plan(const Problem& problem, const Pattern& pattern, bool audited) {
+    const auto* window = std::get_if<StreamingLlm>(&pattern);
+    std::vector<bool> probed(problem.b());
+    for (int64_t s = 0; s < problem.b(); ++s) {
+      probed[s] = window != nullptr ? audited
+                                    : !stays_dense(problem.lengths[s], problem.block_size, pattern);
+    }
+    chunk = chunk_keys(problem, probed);
+    for (int64_t s = 0; s < problem.b(); ++s) {
+      const SequenceLengths lengths = problem.lengths[s];
+      const BlockGrid& grid = problem.grids[s];
+      const Probe probe(lengths, problem.block_size);
+      SelectSequence entry{.first_key = keys,
+                           .first_block = blocks,
+                           .first_kv_block = kv_blocks,
+                           .first_chunk = chunks,
+                           .first_word = words,
+                           .chunks = static_cast<int32_t>(ceil_div(lengths.s_kv, chunk)),
+                           .probe_rows = static_cast<int32_t>(probe.rows),
+                           .probe_first_row = static_cast<int32_t>(probe.first_row),
+                           .probe_position = static_cast<int32_t>(probe.position),
+                           .probe_first_block = static_cast<int32_t>(probe.first_block),
+                           .probe_split = static_cast<int32_t>(probe.split),
+                           .vertical_low = 1,
+                           .vertical_high = 1,
+                           .slash_low = 1,
+                           .slash_high = 1,
+                           .probed = probed[s] ? 1 : 0};
+      if (const auto* flex = std::get_if<FlexPrefill>(&pattern)) {
+        const FlexPrefillRule rule = flex_prefill_rule(*flex, problem.block_size, grid.n_kv);
+        entry.vertical_low = entry.slash_low = static_cast<int32_t>(rule.min_blocks);
+        entry.vertical_high = entry.slash_high = static_cast<int32_t>(rule.max_blocks);
+      } else if (const auto* fixed = std::get_if<VerticalSlash>(&pattern)) {
+        const auto clamped = [&](int64_t size) {
+          return static_cast<int32_t>(
+              clamp_blocks(whole_blocks(size, problem.block_size), 1, grid.n_kv));
+        };
+        entry.vertical_low = entry.vertical_high = clamped(fixed->vertical_size);
+        entry.slash_low = entry.slash_high = clamped(fixed->slash_size);
+      }
+      entries.push_back(entry);
+      if (!probed[s]) continue;
+      any_probed = true;
+      max_chunks = std::max<int64_t>(max_chunks, entry.chunks);
+      max_s_kv = std::max(max_s_kv, lengths.s_kv);
+      max_n_q = std::max(max_n_q, grid.n_q);
+      max_words = std::max(max_words, BlockBits::words_per_row(grid));
+      keys += problem.h_q * lengths.s_kv;
+      blocks += problem.h_q * grid.n_kv;
+      kv_blocks += problem.h_kv * grid.n_kv;
+      chunks += static_cast<int64_t>(problem.h_q) * entry.chunks;
+      words += problem.h_q * BlockBits::words_per_row(grid);
+    }
+  }
+
+  std::vector<SelectSequence> entries;
+  bool any_probed = false;
+  int64_t chunk = 0, max_chunks = 0, max_s_kv = 0, max_n_q = 0, max_words = 0;
+  int64_t keys = 0, blocks = 0, kv_blocks = 0, chunks = 0, words = 0;  // of all heads
+};
+
+bool rows_on_16_bytes(const DeviceTensor& tensor) {
+  const auto even = [](int64_t stride) { return stride % 8 == 0; };  // elements
+  return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && even(tensor.sequence_stride) &&
+         even(tensor.row_stride) && even(tensor.head_stride);
+}
+
+// What the map needs in the place of the scores.
+struct MapMemory {
+  MapMemory(const Problem& problem, Arena& arena) {
+    const BlockBits layout = BlockBits::layout(problem);
+    q_means = arena.take<float>(problem.first_row.back() * problem.d_qk);
+    row_offsets = arena.take<float>(problem.first_row.back());
+    tile_stats = arena.take<float2>(layout.word_count());
+    tile_ties = arena.take<uint8_t>(layout.word_count());
+  }
+  float *q_means, *row_offsets;
+  float2* tile_stats;
+  uint8_t* tile_ties;
+};
+
+// All arrays of a call, laid out alike by the size query and by the call.
+SelectProblem lay_out(const DeviceProblem& device, const Problem& problem, const Pattern& pattern,
+                      const Plan& plan, Arena& arena) {
+  SelectProblem select{};
+  select.problem = device;
+  select.chunk_keys = static_cast<int32_t>(plan.chunk);
+  select.max_chunks = static_cast<int32_t>(plan.max_chunks);
+  select.scale_log2 = problem.scale * std::numbers::log2e_v<float>;
+  select.sequences = arena.take<SelectSequence>(problem.b());
+  if (const auto* window = std::get_if<StreamingLlm>(&pattern)) {
+    const TokenWindow cut = TokenWindow::of(window->global_window, window->local_window);
+    select.global_window = cut.global_window;
+    select.local_window = cut.local_window;
+  }
+  if (!plan.any_probed) return select;
+  const int64_t heads = problem.b() * problem.h_q;
+  select.chunk_stats = arena.take<float2>(plan.chunks * kProbeRows);
+  select.dead = arena.take<uint8_t>(heads);
+  select.block_mass = arena.take<float>(2 * plan.blocks);
+  if (select.local_window > 0) return select;
+
+  select.slash_tails = arena.take<float>(plan.chunks * kProbeRows);
+  select.vertical_block = arena.take<float>(plan.blocks);
+  select.slash_block = arena.take<float>(plan.blocks);
+  select.choices = arena.take<HeadChoice>(heads);
+  select.vertical_bits = arena.take<uint64_t>(plan.words);
+  select.slash_bits = arena.take<uint64_t>(plan.words);
+  const auto* flex = std::get_if<FlexPrefill>(&pattern);
+  // No distance lies below 0.
+  const bool maps = flex != nullptr && flex->tau > 0;
+  if (flex != nullptr) {
+    select.by_blocks = true;
+    select.gamma = flex->gamma;
+    select.tau = flex->tau;
+    select.pooled = arena.take<float>(plan.blocks);
+    select.k_means = arena.take<float>(plan.kv_blocks * problem.d_qk);
+  }
+  if (maps) {
+    select.map_heads = arena.take<int32_t>(heads);
+    select.map_count = arena.take<int32_t>(1);
+    select.map_states = arena.take<MapState>(heads);
+    select.histograms = arena.take<Histogram>(heads);
+  }
+  size_t map_bytes = 0;
+  if (maps) {
+    Arena counter;
+    MapMemory(problem, counter);
+    map_bytes = counter.bytes();
+  }
+  const size_t score_bytes = 2 * sizeof(float) * static_cast<size_t>(plan.keys);
+  auto* scores = arena.take<std::byte>(std::max(score_bytes, map_bytes));
+  if (arena.counting()) return select;
+  select.vertical = reinterpret_cast<float*>(scores);
+  select.slash = select.vertical + plan.keys;
+  if (maps) {
+    Arena place(Workspace{scores, map_bytes});
+    const MapMemory memory(problem, place);
+    select.q_means = memory.q_means;
+    select.row_offsets = memory.row_offsets;
+    select.tile_stats = memory.tile_stats;
+    select.tile_ties = memory.tile_ties;
+  }
+  return select;
+}
+
+uint32_t grid_of(int64_t ctas) {
+  if (ctas > std::numeric_limits<int32_t>::max()) {
+    throw Error(ErrorCode::kUnsupported,
+                "select: expected at most 2^31 - 1 thread blocks, got " + std::to_string(ctas));
+  }
+  return static_cast<uint32_t>(ctas);
+}
+
+// The launches of one call.
+struct Launches {
+  const SelectProblem& select;
+  const Problem& problem;
+  const Plan& plan;
+  void* stream;
+
+  int64_t heads() const { return problem.b() * problem.h_q; }
+
+  void prepare() const {
+    for (size_t first = 0; first < plan.entries.size(); first += SequenceEntries::kEntries) {
+      SequenceEntries from{};
+      from.first = static_cast<int32_t>(first);
+      from.n = static_cast<int32_t>(
+          std::min<size_t>(SequenceEntries::kEntries, plan.entries.size() - first));
+      std::copy_n(plan.entries.begin() + static_cast<int64_t>(first), from.n, from.entries);
+      launch(prepare_kernel, dim3(1), dim3(SequenceEntries::kEntries), 0, stream, from,
+             const_cast<SelectSequence*>(select.sequences), select.map_count);
+    }
+  }
+
+  template <typename Element>
+  void probe() const {
+    const dim3 grid(grid_of(heads() * plan.max_chunks));
+    const auto available = static_cast<size_t>(device_info().shared_bytes);
+    const int32_t stages = probe_shared_bytes(problem.d_qk, 2) <= available ? 2 : 1;
+    const size_t shared = probe_shared_bytes(problem.d_qk, stages);
+    launch(probe_stats_kernel<Element>, grid, dim3(kProbeThreads), shared, stream, select, stages);
+    const auto scores = select.audit != nullptr ? probe_scores_kernel<Element, true>
+                                                : probe_scores_kernel<Element, false>;
+    launch(scores, grid, dim3(kProbeThreads), shared, stream, select, stages);
+  }
+
+  template <typename Element>
+  void choose() const {
+    const int64_t pieces = ceil_div(plan.max_s_kv, kFinishEntries);
+    launch(finish_scores_kernel, dim3(grid_of(heads() * 2 * pieces)), dim3(kFinishThreads),
+           kFinishSharedBytes, stream, select, static_cast<int32_t>(pieces));
+    launch(choose_kernel<Element>, dim3(grid_of(heads())), dim3(kChooseThreads),
+           sizeof(ChooseShared), stream, select);
+  }
+
+  int32_t map_row_tiles() const { return static_cast<int32_t>(ceil_div(plan.max_n_q, kMapTile)); }
+  dim3 map_grid(int64_t items) const {
+    return dim3(grid_of(std::min<int64_t>(items, 4 * device_info().multiprocessors)));
+  }
+  void sweep(MapSweep kind) const {
+    launch(map_sweep_kernel, map_grid(heads() * map_row_tiles() * plan.max_words),
+           dim3(kMapThreads), sizeof(MapShared), stream, select, kind, map_row_tiles(),
+           static_cast<int32_t>(plan.max_words));
+  }
+  template <typename Element>
+  void decide_maps() const {
+    launch(map_means_kernel<Element>, map_grid(heads() * plan.max_n_q), dim3(kMapThreads),
+           kMapThreads * 8 * sizeof(float), stream, select);
+    for (const MapSweep kind : {MapSweep::kStats, MapSweep::kLevel0, MapSweep::kLevel1,
+                                MapSweep::kLevel2, MapSweep::kTies}) {
+      sweep(kind);
+    }
+  }
+
+  void rows() const {
+    int64_t n_q = 0;
+    for (const BlockGrid& grid : problem.grids) n_q = std::max(n_q, grid.n_q);
+    const int64_t tiles = ceil_div(n_q, kRowsTile);
+    launch(rows_kernel, dim3(grid_of(heads() * tiles)), dim3(kRowsThreads), 0, stream, select,
+           static_cast<int32_t>(tiles));
+  }
+
+  template <typename Element>
+  void run() const {
+    const bool chooses = select.choices != nullptr;
+    const bool maps = select.map_heads != nullptr;
+    prepare();
+    if (plan.any_probed) probe<Element>();
+    if (chooses) choose<Element>();
+    if (maps) decide_maps<Element>();
+    rows();
+    if (maps) sweep(MapSweep::kKeep);
+    if (select.audit != nullptr) {
+      launch(audit_kernel, dim3(grid_of(heads())), dim3(kAuditThreads),
+             (kAuditThreads / 32) * sizeof(double), stream, select);
+    }
+  }
+};
+
+}  // namespace
+
+void select_cuda(const DeviceProblem& device, const Problem& problem, const Pattern& pattern,
+                 const Execution& execution, Arena& arena, uint64_t* bits, HeadAudit* audit) {
+  // A size query does not know whether an audit will be asked for.
+  const Plan plan(problem, pattern, arena.counting() || audit != nullptr);
+  SelectProblem select = lay_out(device, problem, pattern, plan, arena);
+  if (arena.counting() || problem.b() == 0) return;
+  select.q_aligned = rows_on_16_bytes(device.q);
+  select.k_aligned = rows_on_16_bytes(device.k);
+  select.bits = bits;
+  select.audit = audit;
+  const Launches launches{select, problem, plan, execution.stream};
+  if (problem.dtype == DType::kBFloat16) {
+    launches.run<__nv_bfloat16>();
+  } else {
+    launches.run<__half>();
+  }
+}
+
+}  // namespace flexprefill

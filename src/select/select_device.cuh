@@ -1,0 +1,170 @@
+// What the kernels of select share: a call's plan in device memory, and sums over a thread block.
+#ifndef FLEXPREFILL_SRC_SELECT_SELECT_DEVICE_CUH_
+#define FLEXPREFILL_SRC_SELECT_SELECT_DEVICE_CUH_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/device_problem.h"
+#include "cuda/sm80.cuh"
+#include "flexprefill/select.h"
+#include "select/pattern.h"
+
+namespace flexprefill {
+
+// What select adds to a DeviceSequence: where its scores lie, its probe (select_rows.h) and how
+// many blocks a head may keep.
+struct SelectSequence {
+  int64_t first_key;       // of arrays with an entry a key: head h's begin h * s_kv later
+  int64_t first_block;     // of arrays with an entry a key block: head h's begin h * n_kv later
+  int64_t first_kv_block;  // likewise, K/V heads
+  int64_t first_chunk;     // of arrays with an entry a chunk of keys: head h's, h * chunks later
+  int64_t first_word;      // of a choice's bits: head h's begin h * words_per_row later
+  int32_t chunks;
+  int32_t probe_rows, probe_first_row, probe_position, probe_first_block, probe_split;
+  int32_t vertical_low, vertical_high;  // blocks; FlexPrefill: the rule's budgets,
+  int32_t slash_low, slash_high;        // VerticalSlash: low = high = its sizes
+  int32_t probed;                       // 0: the sequence stays dense or has a window alone
+};
+
+// The block map of one query-aware head, as far as its sweeps have come (map_cuda.cuh).
+struct MapState {
+  HistogramWalk walk;
+  Taken taken;
+  uint32_t tickets;  // tiles that are done in this sweep
+  uint32_t done;     // taken is known
+};
+
+// A call as the kernels of select see it. Heads are numbered sequence * h_q + query head.
+struct SelectProblem {
+  DeviceProblem problem;
+  const SelectSequence* sequences;  // [b]
+  int32_t chunk_keys;               // keys of a CTA of the probe
+  int32_t max_chunks;
+  float scale_log2;           // softmax scale in units of log2
+  bool q_aligned, k_aligned;  // rows begin on 16 bytes
+  bool by_blocks;             // FlexPrefill: needs block means
+  float gamma, tau;
+  int64_t global_window, local_window;  // StreamingLlm: local_window >= 1; otherwise 0
+
+  float2* chunk_stats;      // [heads, chunks, 128]: max (units of log2) and sum of each probe row
+  float* slash_tails;       // [heads, chunks, 128]: for the chunk before
+  uint8_t* dead;            // [heads]: the probe met a NaN
+  float *vertical, *slash;  // [heads, s_kv]
+  float *vertical_block, *slash_block;  // [heads, n_kv]
+  float* pooled;                        // [heads, n_kv]
+  float* block_mass;    // [heads, 2, n_kv], of the probe's two query blocks; nullptr: not asked
+  float* k_means;       // [K/V heads, n_kv, d]
+  HeadChoice* choices;  // [heads]
+  uint64_t *vertical_bits, *slash_bits;  // [heads, words]
+
+  // Query-aware heads. Entries of a map's tiles lie like the words of `bits`.
+  int32_t* map_heads;     // [heads]: their numbers, in no order
+  int32_t* map_count;     // [1]
+  MapState* map_states;   // [heads]
+  Histogram* histograms;  // [heads]
+  float* q_means;         // [index rows, d]
+  float* row_offsets;     // [index rows]: p = share * exp2(scale * dot - offset)
+  float2* tile_stats;     // [words]
+  uint8_t* tile_ties;     // [words]
+
+  uint64_t* bits;
+  HeadAudit* audit;  // [heads] or nullptr
+};
+
+// Where a head's entries begin.
+struct HeadView {
+  int32_t sequence, head, number;
+
+  __device__ static HeadView of(const SelectProblem& select, int32_t number) {
+    return {number / select.problem.h_q, number % select.problem.h_q, number};
+  }
+};
+
+// Causal blocks of one head.
+__device__ inline int64_t causal_blocks_of(const DeviceSequence& sequence) {
+  const int64_t n_q = sequence.n_q;
+  return n_q * sequence.first_q_block + n_q * (n_q + 1) / 2;
+}
+
+template <typename T>
+struct Operand;
+template <>
+struct Operand<__nv_bfloat16> {
+  __device__ static float low(uint32_t pair) { return std::bit_cast<float>(pair << 16); }
+  __device__ static float high(uint32_t pair) { return std::bit_cast<float>(pair & 0xffff0000u); }
+};
+template <>
+struct Operand<__half> {
+  __device__ static float low(uint32_t pair) {
+    return __half2float(__ushort_as_half(static_cast<uint16_t>(pair)));
+  }
+  __device__ static float high(uint32_t pair) {
+    return __half2float(__ushort_as_half(static_cast<uint16_t>(pair >> 16)));
+  }
+};
+
+// Eight 16-bit elements; `aligned`: to 16 bytes.
+__device__ inline uint4 load_eight(const std::byte* from, bool aligned) {
+  if (aligned) return *reinterpret_cast<const uint4*>(from);
+  const auto* elements = reinterpret_cast<const uint16_t*>(from);
+  const auto pair = [&](int i) {
+    return static_cast<uint32_t>(elements[i]) | static_cast<uint32_t>(elements[i + 1]) << 16;
+  };
+  return {pair(0), pair(2), pair(4), pair(6)};
+}
+
+// A sum in a fixed order over a CTA of kThreads; `scratch` [kThreads / 32 + 1], every thread gets
+// the result. T is float, double or an integer.
+template <int kThreads, typename T, typename Combine>
+__device__ T combine_cta(T value, T* scratch, const Combine& combine) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    value = combine(value, __shfl_xor_sync(0xffffffffu, value, lanes));
+  }
+  __syncthreads();  // scratch may be in use
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
+  __syncthreads();
+  T result = scratch[0];
+  for (int warp = 1; warp < kThreads / 32; ++warp) result = combine(result, scratch[warp]);
+  return result;
+}
+template <int kThreads, typename T>
+__device__ T sum_cta(T value, T* scratch) {
+  return combine_cta<kThreads>(value, scratch, [](T a, T b) { return a + b; });
+}
+
+// mean[c] of the rows row(0) .. row(n - 1) of d elements, over a CTA of kThreads (>= 64); partial
+// [kThreads * 8] in shared memory. Ends without a barrier after writing `mean`.
+template <typename Element, int kThreads, typename Row>
+__device__ void mean_rows_cta(int32_t n, int32_t d, bool aligned, float* partial, float* mean,
+                              const Row& row) {
+  const int32_t pieces = d / 8;  // of eight elements, at most 32
+  const int32_t groups = kThreads / pieces < 64 ? kThreads / pieces : 64;
+  const int32_t piece = static_cast<int32_t>(threadIdx.x) % pieces;
+  const int32_t group = static_cast<int32_t>(threadIdx.x) / pieces;
+  float sums[8] = {};
+  if (group < groups) {
+    for (int32_t i = group; i < n; i += groups) {
+      const uint4 x = load_eight(row(i) + piece * 16, aligned);
+      const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        sums[2 * e] += Operand<Element>::low(pairs[e]);
+        sums[2 * e + 1] += Operand<Element>::high(pairs[e]);
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < 8; ++e) partial[group * d + piece * 8 + e] = sums[e];
+  }
+  __syncthreads();
+  const float inverse = 1.0f / static_cast<float>(n);
+  for (int32_t c = static_cast<int32_t>(threadIdx.x); c < d; c += kThreads) {
+    float sum = 0;
+    for (int32_t g = 0; g < groups; ++g) sum += partial[g * d + c];
+    mean[c] = sum * inverse;
+  }
+}
+
+}  // namespace flexprefill
+
+#endif  // FLEXPREFILL_SRC_SELECT_SELECT_DEVICE_CUH_
