@@ -87,6 +87,7 @@ __device__ inline void load_columns(std::byte* to, int32_t pitch, int32_t rows, 
   const auto thread = static_cast<int32_t>(threadIdx.x);
   const int32_t c = column + thread % 8 * 8;
   std::byte* piece = to + thread % 8 * 16;
+#pragma unroll 2  // more cost registers
   for (int32_t i = thread / 8; i < 128; i += kProbeThreads / 8) {
     const bool there = i < rows && c < d;
     const std::byte* from = row(there ? i : 0) + (there ? c : 0) * 2;
