@@ -365,13 +365,14 @@ TEST_P(SelectOn, AWorkspaceOneByteShortIsRefused) {
   StagedCall call(data.input, {}, {}, GetParam());
   const Workspace memory = call.workspace(bytes + 1);
   BlockIndex index;
+  std::vector<HeadAudit> audit(4);  // counted by the size query
   // The size is for any alignment: this is the worst.
   const size_t misaligned = reinterpret_cast<uintptr_t>(memory.data) % 64 == 0 ? 1 : 0;
   void* data_at = static_cast<std::byte*>(memory.data) + misaligned;
-  EXPECT_NO_THROW(select(call.input, pattern, GetParam(), {data_at, bytes}, index));
+  EXPECT_NO_THROW(select(call.input, pattern, GetParam(), {data_at, bytes}, index, audit));
   call.finish();
   try {
-    select(call.input, pattern, GetParam(), {memory.data, bytes - 128}, index);
+    select(call.input, pattern, GetParam(), {memory.data, bytes - 128}, index, audit);
     FAIL() << "expected an error";
   } catch (const Error& error) {
     EXPECT_EQ(error.code(), ErrorCode::kWorkspaceTooSmall);

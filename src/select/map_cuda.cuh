@@ -134,7 +134,7 @@ __device__ inline void map_scores(const SelectProblem& select, const MapTile& ti
               : zero;
     }
     __syncthreads();
-#pragma unroll 2
+#pragma unroll 1  // 64 fused products a turn; more cost registers
     for (int32_t c = 0; c < kMapDepth; c += 4) {
       float4 a[4], b[4];
 #pragma unroll
