@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from flex_prefill import _core
 from flex_prefill._core import BlockIndex as CoreIndex
-from flex_prefill._tensors import Device, Tensor, to_host
+from flex_prefill._tensors import Device, Tensor, check_device, device_of, to_host
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +47,16 @@ class DeviceRows:
             self.global_window,
             self.local_window,
         )
+
+
+def _device_vector(tensor: Tensor, name: str, dtype: str) -> Tensor:
+    got = str(tensor.dtype).removeprefix("torch.")
+    if got != dtype or len(tensor.shape) != 1:
+        raise ValueError(
+            f"index: {name}: expected {dtype} of rank 1 on a GPU, got {got} of rank "
+            f"{len(tensor.shape)}"
+        )
+    return tensor
 
 
 class BlockIndex:
@@ -90,7 +100,23 @@ class BlockIndex:
         sequences: (s_q, s_kv) of each sequence, in tokens.
         Raises ValueError naming the first row that is out of range, not ascending or after its
         diagonal.
+
+        Rows on a GPU (contiguous int64 and int32 there) stay where they are and are not looked at:
+        ``check()`` does that, and waits. ``attend`` leaves out blocks after a row's diagonal.
         """
+        if (device := device_of(indptr, "index: indptr")).kind == "cuda":
+            check_device(indices, "index: indices", device)
+            self._host, self._rows = None, DeviceRows(
+                device,
+                _device_vector(indptr, "indptr", "int64"),
+                _device_vector(indices, "indices", "int32"),
+                [(int(s_q), int(s_kv)) for s_q, s_kv in sequences],
+                h_q,
+                block_size,
+                global_window,
+                local_window,
+            )
+            return
         starts: npt.NDArray[Any] = np.asarray(indptr)
         blocks: npt.NDArray[Any] = np.asarray(indices)
         for array, name in ((starts, "indptr"), (blocks, "indices")):

@@ -6,14 +6,14 @@
 ``random``
     Independent normal numbers: attention spreads over everything, the worst case.
 
-Both give q ``[1, n, h_q, d]`` and k, v ``[1, n, h_kv, d]``; a seed gives the same numbers in every
-run.
+Both give q ``[1, n, h_q, d]`` and k, v ``[1, n, h_kv, d]``, made on ``device``; a seed gives the
+same numbers in every run on the same kind of device.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -29,31 +29,51 @@ _HEAVY_SHARE = 0.003
 _SINK_TOKENS = 4
 
 
-def random(n: int, h_q: int, h_kv: int, d: int, *, seed: int, dtype: torch.dtype) -> Tensors:
+def random(
+    n: int,
+    h_q: int,
+    h_kv: int,
+    d: int,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> Tensors:
     """Independent normal q, k, v."""
     import torch
 
-    generator = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(1, n, h, d, generator=generator).to(dtype) for h in (h_q, h_kv, h_kv))
+    generator = torch.Generator(device).manual_seed(seed)
+    on: dict[str, Any] = {"generator": generator, "device": device}
+    q, k, v = (torch.randn(1, n, h, d, **on).to(dtype) for h in (h_q, h_kv, h_kv))
     return q, k, v
 
 
-def structured(n: int, h_q: int, h_kv: int, d: int, *, seed: int, dtype: torch.dtype) -> Tensors:
+def structured(
+    n: int,
+    h_q: int,
+    h_kv: int,
+    d: int,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> Tensors:
     """q, k, v with a sink, a local band and heavy keys; v is random."""
     import torch
 
-    generator = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(1, n, h, d, generator=generator) for h in (h_q, h_kv, h_kv))
+    generator = torch.Generator(device).manual_seed(seed)
+    on: dict[str, Any] = {"generator": generator, "device": device}
+    q, k, v = (torch.randn(1, n, h, d, **on) for h in (h_q, h_kv, h_kv))
     # All heavy keys lie in one direction.
-    direction = torch.randn(d, generator=generator)
+    direction = torch.randn(d, **on)
     direction /= direction.norm()
-    heavy = (torch.rand(n, generator=generator) < _HEAVY_SHARE).float()
+    heavy = (torch.rand(n, **on) < _HEAVY_SHARE).float()
     heavy[:_SINK_TOKENS] = 1
 
     # The first quarter of the channels holds a position: near tokens have near codes.
     n_freq = d // 8
-    freq = torch.exp(torch.linspace(math.log(1 / 8.0), math.log(1 / 2000.0), n_freq))
-    angle = torch.arange(n).float()[:, None] * freq
+    freq = torch.exp(torch.linspace(math.log(1 / 8.0), math.log(1 / 2000.0), n_freq, device=device))
+    angle = torch.arange(n, device=device).float()[:, None] * freq
     position = torch.cat([angle.cos(), angle.sin()], -1) * 8**0.5 / (2 * n_freq) ** 0.5
     channels = slice(0, 2 * n_freq)
 
