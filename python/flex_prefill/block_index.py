@@ -106,15 +106,18 @@ class BlockIndex:
         """
         if (device := device_of(indptr, "index: indptr")).kind == "cuda":
             check_device(indices, "index: indices", device)
-            self._host, self._rows = None, DeviceRows(
-                device,
-                _device_vector(indptr, "indptr", "int64"),
-                _device_vector(indices, "indices", "int32"),
-                [(int(s_q), int(s_kv)) for s_q, s_kv in sequences],
-                h_q,
-                block_size,
-                global_window,
-                local_window,
+            self._host, self._rows = (
+                None,
+                DeviceRows(
+                    device,
+                    _device_vector(indptr, "indptr", "int64"),
+                    _device_vector(indices, "indices", "int32"),
+                    [(int(s_q), int(s_kv)) for s_q, s_kv in sequences],
+                    h_q,
+                    block_size,
+                    global_window,
+                    local_window,
+                ),
             )
             return
         starts: npt.NDArray[Any] = np.asarray(indptr)

@@ -1,7 +1,8 @@
 """Measures select, attend and dense mode on your shapes, beside torch in the same process.
 
 Every repeat runs all of them once, one after the other; medians are compared. What is printed are
-ratios: seconds of one machine say nothing about another (they are in the JSON).
+ratios: seconds of one machine say nothing about another (they are in the JSON). With --device cuda
+the calls run on the GPU, on torch's stream, and are timed there.
 
   density       kept blocks / causal blocks
   select        select's time as a share of dense mode's
@@ -61,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=("auto", *DTYPES),
         default=["auto"],
-        help="auto: the faster of bfloat16 and float32 in torch's matrix product on this machine",
+        help="auto: the faster of bfloat16 and float32 in torch's matrix product on this machine; "
+        "bfloat16 on a GPU",
     )
     parser.add_argument("--input", nargs="+", choices=tuple(INPUTS), default=["structured"])
     add_pattern_arguments(parser)
@@ -70,6 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=3,
         help=f"runs of each (default 3); fewer once a case has taken {_ENOUGH_SECONDS} s",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: on the GPU, against torch's attention there (cuDNN or flash) (default cpu)",
     )
     parser.add_argument("--threads", type=positive, default=0, help="default: all there are")
     parser.add_argument(
@@ -92,9 +100,14 @@ def run(args: argparse.Namespace) -> None:
     if args.plot is not None:
         require("matplotlib", "plot")
     torch = load_torch(args.threads)
+    if args.device == "cuda":
+        _check_gpu(torch)
     description = run_description(torch, args.command_line)  # before there is load of our own
     # "auto" may name a dtype that was asked for as well.
-    dtypes = dict.fromkeys(choose_dtype(torch, name)[0] for name in args.dtype)
+    dtypes = dict.fromkeys(
+        torch.bfloat16 if args.device == "cuda" and name == "auto" else choose_dtype(torch, name)[0]
+        for name in args.dtype
+    )
     combinations = [
         (kind, dtype, d, n)
         for kind in args.input
@@ -102,7 +115,10 @@ def run(args: argparse.Namespace) -> None:
         for d in args.head_dim
         for n in sorted(args.tokens)
     ]
-    rates = {dtype: gemm_rate(torch, dtype) for dtype in dtypes} if "gemm" in peers else {}
+    rates: dict[Any, tuple[float, int]] = {}
+    if "gemm" in peers:
+        on_gpu = args.device == "cuda"
+        rates = {d: (0.0, 8192) if on_gpu else gemm_rate(torch, d) for d in dtypes}
     cases: list[dict[str, Any]] = []
     for number, (kind, dtype, d, n) in enumerate(combinations, 1):
         print(
@@ -111,6 +127,8 @@ def run(args: argparse.Namespace) -> None:
         )
         with torch.inference_mode():
             cases.append(_measure(torch, args, kind, dtype, d, n, peers, rates.get(dtype)))
+    if args.device == "cuda":
+        description["machine"]["gpu"] = torch.cuda.get_device_name()
     report = {
         **description,
         "settings": {
@@ -118,6 +136,7 @@ def run(args: argparse.Namespace) -> None:
             "kv_heads": args.kv_heads,
             "pattern": args.pattern,
             "cfg": pattern_config(args),
+            "device": args.device,
             "repeat": args.repeat,
             "seed": args.seed,
         },
@@ -142,6 +161,19 @@ def _peers(text: str) -> tuple[str, ...]:
     return names
 
 
+def _check_gpu(torch: Any) -> None:
+    cuda = flex_prefill.info()["cuda"]
+    if not cuda["built"]:
+        raise CommandError(
+            "argument --device: this build has no CUDA backend: install where nvcc is"
+        )
+    if not (cuda["devices"] and torch.cuda.is_available()):
+        raise CommandError(
+            "argument --device: no GPU that both this build and torch can use "
+            f"({cuda['error'] or 'torch is built without CUDA, or finds no GPU'})"
+        )
+
+
 def _name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -157,7 +189,9 @@ def _measure(
     gemm: tuple[float, int] | None,
 ) -> dict[str, Any]:
     """One row of the table."""
-    q, k, v = INPUTS[kind](n, args.heads, args.kv_heads, d, seed=args.seed, dtype=dtype)
+    q, k, v = INPUTS[kind](
+        n, args.heads, args.kv_heads, d, seed=args.seed, dtype=dtype, device=args.device
+    )
     pattern, block_size = pattern_from(args)
     threads = torch.get_num_threads()
     options: dict[str, Any] = {"block_size": block_size, "num_threads": threads}
@@ -176,15 +210,17 @@ def _measure(
             *heads_first, is_causal=True, enable_gqa=args.heads != args.kv_heads
         )
     if gemm is not None:
-        a, b = (torch.ones(gemm[1], gemm[1], dtype=dtype) for _ in range(2))
+        a, b = (torch.ones(gemm[1], gemm[1], dtype=dtype, device=args.device) for _ in range(2))
         calls["gemm"] = lambda: a @ b
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    timed = _timed_on_gpu(torch) if args.device == "cuda" else _timed
+    if args.device == "cuda":
+        for call in calls.values():  # loads kernels, lets torch choose its own
+            call()
     began = time.perf_counter()
     while len(seconds["dense"]) < args.repeat and time.perf_counter() - began < _ENOUGH_SECONDS:
         for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(timed(call))
     median = {name: statistics.median(values) for name, values in seconds.items()}
 
     dense_flops = 4 * d * args.heads * n * (n + 1) / 2
@@ -213,6 +249,29 @@ def _measure(
         "seconds": seconds,
         "gemm_size": None if gemm is None else gemm[1],
     }
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _timed_on_gpu(torch: Any) -> Callable[[Callable[[], Any]], float]:
+    """Seconds between the events around a call; the stream is kept busy until both are queued, so
+    that the time that Python takes to call is not part of it."""
+
+    def timed(call: Callable[[], Any]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(2_000_000)  # clock cycles, about a millisecond
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return timed
 
 
 def _series(cases: list[dict[str, Any]]) -> dict[tuple[str, str, int], list[dict[str, Any]]]:
@@ -271,8 +330,13 @@ def format_cases(cases: list[dict[str, Any]]) -> str:
 
 def _print(report: dict[str, Any]) -> None:
     settings, machine = report["settings"], report["machine"]
+    where = (
+        f"{machine['cpu']}, {machine['threads']} threads, CPU target {machine['cpu_targets'][0]}"
+    )
+    if settings["device"] == "cuda":
+        where = machine["gpu"]
     print(
-        f"{machine['cpu']}, {machine['threads']} threads, CPU target {machine['cpu_targets'][0]}\n"
+        f"{where}\n"
         f"{settings['heads']} query heads, {settings['kv_heads']} K/V heads, "
         f"{describe_pattern(settings['pattern'], settings['cfg'])}; "
         f"medians of up to {settings['repeat']} runs\n"
