@@ -340,4 +340,6 @@ def test_the_command_line_imports_no_framework() -> None:
 @pytest.mark.skipif(bool(flex_prefill.info()["cuda"]["devices"]), reason="a machine without a GPU")
 def test_bench_without_a_gpu_says_why(capsys):
     assert main(["bench", "--device", "cuda", "--tokens", "256"]) == 1
-    assert re.search(r"--device: (this build has no CUDA|no GPU that both)", capsys.readouterr().err)
+    assert re.search(
+        r"--device: (this build has no CUDA|no GPU that both)", capsys.readouterr().err
+    )
