@@ -1,8 +1,12 @@
-"""Puts the figures of bench/results into README.md and docs/notes.md, between their marks."""
+"""Puts the figures of bench/results into README.md and docs/notes.md, between their marks.
+
+results/gpu.json, once there is one, needs the marks of `gpu` in README.md, and is drawn as well.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +111,83 @@ def aims() -> str:
     return "\n".join([*lines, "", origin(report)])
 
 
-BLOCKS = {"README.md": (attention, demo), "docs/notes.md": (aims,)}
+def gpu_plot(report: dict[str, Any], path: Path) -> None:
+    """Time against length, both logarithmic, ours and every peer."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = (
+        ("prefill", "structured input"),
+        ("dense", "every block"),
+        ("attend", "20 % of blocks"),
+    )
+    ours = {"prefill", "select", "dense", "attend"}
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(13, 4.4), layout="constrained")
+    for axes, (section, title) in zip(all_axes, panels, strict=True):
+        series: dict[str, list[tuple[int, float]]] = {}
+        for row in report["rows"]:
+            if row["section"] == section and not (section == "prefill" and row["what"] == "attend"):
+                series.setdefault(row["what"], []).append((row["tokens"], row["ms"]))
+        for i, (name, points) in enumerate(series.items()):
+            own = name.split()[0] in ours
+            style = {"linewidth": 2.5, "marker": "o"} if own else {"linewidth": 1.2, "marker": "."}
+            label = f"flexprefill: {name}" if own else name
+            axes.plot(*zip(*sorted(points), strict=True), label=label, color=f"C{i}", **style)
+        lengths = sorted({n for points in series.values() for n, _ in points})
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
+        axes.minorticks_off()
+        axes.set_xlabel("tokens")
+        axes.grid(color="#dddddd", linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(f"{section}: {title}, ms", loc="left", fontsize=11)
+        if series:
+            axes.legend(frameon=False, fontsize=8)
+    settings = report["settings"]
+    heads = f"{settings['heads']} query and {settings['kv_heads']} K/V heads"
+    figure.suptitle(
+        f"{report['card']['card']}: {heads}, d {settings['head_dim']}, {settings['dtype']}",
+        fontsize=11,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def gpu() -> str:
+    """What the GPU benchmark found: ours, and how many times as long each peer takes."""
+    report = load("gpu")
+    rows = []
+    for case in report["ratios"]:
+        if case["section"] not in ("attend", "dense", "prefill"):
+            continue
+        others = {k: x for k, x in case["times_as_long"].items() if k not in ("select", "attend")}
+        peers = ", ".join(f"{name} {x:.2f}x" for name, x in others.items())
+        rows.append(f"| {case['section']} | {case['tokens']} | {case['ms']:.3f} | {peers} |")
+    card = report["card"]
+    return (
+        "| | tokens | ms | how many times as long others take |\n| --- | --- | --- | --- |\n"
+        + "\n".join(rows)
+        + f"\n\nMeasured on {report['date'][:10]} at commit {report['commit']}: {card['card']}, "
+        f"driver {card['driver_version']}, CUDA {card['cuda']}, torch {report['versions']['torch']}; "
+        f"`{report['command']}`."
+    )
+
+
+BLOCKS: dict[str, tuple[Callable[[], str], ...]] = {
+    "README.md": (attention, demo),
+    "docs/notes.md": (aims,),
+}
 
 
 def main() -> None:
+    if (RESULTS / "gpu.json").is_file():
+        gpu_plot(load("gpu"), ROOT / "docs" / "images" / "gpu.png")
+        BLOCKS["README.md"] = (*BLOCKS["README.md"], gpu)
     for file, blocks in BLOCKS.items():
         path = ROOT / file
         text = path.read_text()
