@@ -173,8 +173,8 @@ def gpu() -> str:
         "| | tokens | ms | how many times as long others take |\n| --- | --- | --- | --- |\n"
         + "\n".join(rows)
         + f"\n\nMeasured on {report['date'][:10]} at commit {report['commit']}: {card['card']}, "
-        f"driver {card['driver_version']}, CUDA {card['cuda']}, torch {report['versions']['torch']}; "
-        f"`{report['command']}`."
+        f"driver {card['driver_version']}, CUDA {card['cuda']}, "
+        f"torch {report['versions']['torch']}; `{report['command']}`."
     )
 
 
