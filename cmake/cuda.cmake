@@ -21,7 +21,8 @@ foreach(part select/select_cuda attend/attend_sm80)
   endif()
 endforeach()
 if(EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/src/attend/attend_sm90.cu)
-  list(APPEND flexprefill_sm90_sources src/attend/attend_sm90.cu)
+  list(APPEND flexprefill_sm90_sources src/attend/attend_sm90.cu src/attend/attend_sm90_d64.cu
+    src/attend/attend_sm90_d128.cu src/attend/attend_sm90_d192.cu src/attend/attend_sm90_d256.cu)
   list(APPEND flexprefill_cuda_definitions FLEXPREFILL_HAS_ATTEND_SM90)
 endif()
 

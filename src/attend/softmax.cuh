@@ -54,13 +54,11 @@ struct OnlineSoftmax {
       grows[r] = (largest[r][0] - max[r]) * scale_log2 > kLag;
     }
     const bool any = __any_sync(0xffffffff, grows[0] || grows[1]) != 0;
-    if (any) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        rescale[r] = grows[r] ? exp2_approx((max[r] - largest[r][0]) * scale_log2) : 1.0f;
-        if (grows[r]) max[r] = largest[r][0];
-        sum[r] *= rescale[r];
-      }
+    for (int r = 0; r < 2; ++r) {
+      rescale[r] = grows[r] ? exp2_approx((max[r] - largest[r][0]) * scale_log2) : 1.0f;
+      max[r] = grows[r] ? largest[r][0] : max[r];
+      sum[r] *= rescale[r];
     }
     const float offset[2] = {this->offset(0, scale_log2), this->offset(1, scale_log2)};
 #pragma unroll

@@ -132,7 +132,8 @@ inline WorkOrder take_work_order(const DeviceProblem& problem, bool bits, int64_
   }
   order.count = static_cast<uint32_t>(count);
   order.counter = arena.take<uint32_t>(1);
-  if (bits) order.items = arena.take<WorkItem>(problem.index_rows);
+  // A size query does not know whether there will be bits.
+  if (bits || arena.counting()) order.items = arena.take<WorkItem>(problem.index_rows);
   return order;
 }
 

@@ -206,13 +206,16 @@ __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
 }
 
-// Keeps the compiler from moving or copying registers of a product that is running.
+// Keeps the compiler from moving or copying registers of a product that is running, or, for a
+// descriptor, from keeping many sums with it in registers.
 template <typename T, int kN>
 __device__ inline void wgmma_pin(T (&registers)[kN]) {
 #pragma unroll
   for (int i = 0; i < kN; ++i) {
     if constexpr (std::is_same_v<T, float>) {
       asm volatile("" : "+f"(registers[i])::"memory");
+    } else if constexpr (sizeof(T) == 8) {
+      asm volatile("" : "+l"(registers[i])::"memory");
     } else {
       asm volatile("" : "+r"(registers[i])::"memory");
     }

@@ -1,0 +1,121 @@
+// attend on cards of compute capability 9.0, the host's half: which calls TMA can address, tensor
+// maps, and the choice of a kernel. The kernel and its schedule: attend_sm90_kernel.cuh.
+#include <array>
+#include <numeric>
+
+#include "attend/attend_sm90_plan.cuh"
+#include "cuda/backend_cuda.h"
+
+namespace flexprefill {
+namespace {
+
+constexpr float kLog2E = 1.44269504088896340736f;
+
+// A tensor as TMA sees it: [dimension 3, dimension 2, rows, d]. Packed tensors have no dimension 3.
+struct MapDimensions {
+  std::array<int64_t, 3> sizes, strides;  // rows, heads, sequences (or pages); elements
+};
+
+MapDimensions map_dimensions(const TensorView& view) {
+  if (view.rank == 3) {
+    return {{view.shape[0], view.shape[1], 1}, {view.strides[0], view.strides[1], 0}};
+  }
+  return {{view.shape[1], view.shape[2], view.shape[0]},
+          {view.strides[1], view.strides[2], view.strides[0]}};
+}
+
+// Bases and strides must be multiples of 16 bytes; strides of dimensions of one are not used.
+bool is_addressable(const TensorView& view) {
+  constexpr int64_t kMostBytes = int64_t{1} << 40, kMostElements = int64_t{1} << 31;
+  if (view.rank == 0) return true;  // not given
+  if (reinterpret_cast<uintptr_t>(view.data) % 16 != 0) return false;
+  const MapDimensions dimensions = map_dimensions(view);
+  for (int i = 0; i < 3; ++i) {
+    const int64_t bytes = dimensions.strides[i] * 2;
+    if (dimensions.sizes[i] >= kMostElements) return false;
+    if (dimensions.sizes[i] > 1 && (bytes <= 0 || bytes % 16 != 0 || bytes >= kMostBytes)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+sm90::TensorMap tensor_map(const TensorView& view, int32_t d, int32_t box_rows) {
+  const MapDimensions dimensions = map_dimensions(view);
+  sm90::TensorMapShape shape{.data = view.data,
+                             .sizes = {static_cast<uint64_t>(d)},
+                             .strides = {},
+                             .box_rows = static_cast<uint32_t>(box_rows),
+                             .bfloat16 = view.dtype == DType::kBFloat16};
+  for (int i = 0; i < 3; ++i) {
+    const int64_t stride = dimensions.sizes[i] > 1 ? dimensions.strides[i] : d;
+    shape.sizes[i + 1] = static_cast<uint64_t>(dimensions.sizes[i]);
+    shape.strides[i] = static_cast<uint64_t>(stride) * 2;
+  }
+  return sm90::make_tensor_map(shape);
+}
+
+// Calls f.operator()<Shape>() with the kernel for the call's element type, head dims and blocks.
+template <typename F>
+void dispatch_shape(const DeviceProblem& problem, F&& f) {
+  const auto with_block = [&]<typename Element, int kDimQk, int kDimV> {
+    if (problem.block_size == 128) {
+      f.template operator()<AttendShape<Element, kDimQk, kDimV, 128>>();
+    } else {
+      f.template operator()<AttendShape<Element, kDimQk, kDimV, 64>>();
+    }
+  };
+  const auto with_dims = [&]<typename Element> {
+    if (problem.d_qk <= 64 && problem.d_v <= 64) {
+      with_block.template operator()<Element, 64, 64>();
+    } else if (problem.d_qk <= 128 && problem.d_v <= 128) {
+      with_block.template operator()<Element, 128, 128>();
+    } else if (problem.d_qk <= 192 && problem.d_v <= 128) {
+      with_block.template operator()<Element, 192, 128>();
+    } else {
+      with_block.template operator()<Element, 256, 256>();
+    }
+  };
+  if (problem.dtype == DType::kBFloat16) {
+    with_dims.template operator()<__nv_bfloat16>();
+  } else {
+    with_dims.template operator()<__half>();
+  }
+}
+
+}  // namespace
+
+bool attend_sm90_takes(const Problem& problem) {
+  return (problem.block_size == 64 || problem.block_size == 128) &&
+         is_addressable(problem.q_view) && is_addressable(problem.k_view) &&
+         is_addressable(problem.v_view) && is_addressable(problem.out_view);
+}
+
+void attend_sm90(const DeviceProblem& device_problem, const Problem& problem,
+                 const DeviceRows& rows, const Execution& execution, Arena& arena) {
+  const DeviceInfo& device = device_info();
+  AttendSm90Params params{};
+  params.problem = device_problem;
+  params.rows = rows;
+  params.order = take_work_order(device_problem, rows.bits != nullptr, device.l2_bytes, arena);
+  if (arena.counting() || device_problem.index_rows == 0) return;
+  params.mask = TokenMask::of(rows.window);
+  // The softmax takes the maximum before it scales, which needs a positive scale.
+  const float scale = device_problem.scale;
+  params.scores_scale = scale > 0 ? 1 : scale;
+  params.scale_log2 = scale > 0 ? scale * kLog2E : kLog2E;
+  params.q_packed = problem.q_view.rank == 3 ? 1 : 0;
+  params.kv_packed = problem.k_view.rank == 3 ? 1 : 0;
+  dispatch_shape(device_problem, [&]<typename Shape> {
+    params.kv_box_rows = problem.page_table == nullptr
+                             ? Shape::kTileKv
+                             : std::gcd(device_problem.page_size, Shape::kTileKv);
+    params.q_map = tensor_map(problem.q_view, problem.d_qk, Shape::kTileQ);
+    params.k_map = tensor_map(problem.k_view, problem.d_qk, params.kv_box_rows);
+    params.v_map = tensor_map(problem.v_view, problem.d_v, params.kv_box_rows);
+    make_work_order(device_problem, rows, params.order, execution.stream);
+    launch_attend_sm90<Shape>(params, device.multiprocessors, execution.stream);
+  });
+}
+
+}  // namespace flexprefill

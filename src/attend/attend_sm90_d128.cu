@@ -1,0 +1,15 @@
+// attend on Hopper: the kernels for head dims up to 128 (q, k) and 128 (v).
+#include "attend/attend_sm90_kernel.cuh"
+
+namespace flexprefill {
+
+template void launch_attend_sm90<AttendShape<__nv_bfloat16, 128, 128, 128>>(const AttendSm90Params&,
+                                                                            int32_t, void*);
+template void launch_attend_sm90<AttendShape<__nv_bfloat16, 128, 128, 64>>(const AttendSm90Params&,
+                                                                           int32_t, void*);
+template void launch_attend_sm90<AttendShape<__half, 128, 128, 128>>(const AttendSm90Params&,
+                                                                     int32_t, void*);
+template void launch_attend_sm90<AttendShape<__half, 128, 128, 64>>(const AttendSm90Params&,
+                                                                    int32_t, void*);
+
+}  // namespace flexprefill

@@ -1,0 +1,15 @@
+// attend on Hopper: the kernels for head dims up to 256 (q, k) and 256 (v).
+#include "attend/attend_sm90_kernel.cuh"
+
+namespace flexprefill {
+
+template void launch_attend_sm90<AttendShape<__nv_bfloat16, 256, 256, 128>>(const AttendSm90Params&,
+                                                                            int32_t, void*);
+template void launch_attend_sm90<AttendShape<__nv_bfloat16, 256, 256, 64>>(const AttendSm90Params&,
+                                                                           int32_t, void*);
+template void launch_attend_sm90<AttendShape<__half, 256, 256, 128>>(const AttendSm90Params&,
+                                                                     int32_t, void*);
+template void launch_attend_sm90<AttendShape<__half, 256, 256, 64>>(const AttendSm90Params&,
+                                                                    int32_t, void*);
+
+}  // namespace flexprefill

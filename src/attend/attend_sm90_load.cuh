@@ -1,0 +1,264 @@
+// attend on Hopper: the warps that bring tiles to shared memory, and those that check V.
+#ifndef FLEXPREFILL_SRC_ATTEND_ATTEND_SM90_LOAD_CUH_
+#define FLEXPREFILL_SRC_ATTEND_ATTEND_SM90_LOAD_CUH_
+
+#include <cstdint>
+
+#include "attend/attend_sm90_plan.cuh"
+#include "attend/softmax.cuh"
+
+namespace flexprefill {
+
+// Kept key blocks of a row, ascending.
+class BlockWalk {
+ public:
+  // words == nullptr: every block.
+  __device__ explicit BlockWalk(const uint64_t* words) : words_(words) {}
+
+  // Only while there are more.
+  __device__ int32_t next() {
+    if (words_ == nullptr) return ++at_;
+    while (left_ == 0) left_ = __ldg(reinterpret_cast<const unsigned long long*>(words_) + ++at_);
+    const int32_t bit = __ffsll(static_cast<long long>(left_)) - 1;
+    left_ &= left_ - 1;
+    return at_ * 64 + bit;
+  }
+
+ private:
+  const uint64_t* words_;
+  int32_t at_ = -1;              // the word, or the block if there are no words
+  unsigned long long left_ = 0;  // of the word
+};
+
+// One warp: draws rows of work and keeps the ring of K and V tiles full.
+template <typename Shape>
+class Loader {
+ public:
+  __device__ Loader(const AttendSm90Params& params, StreamShared<Shape>& shared)
+      : params_(params), shared_(shared), lane_(static_cast<int32_t>(threadIdx.x) % 32) {}
+
+  __device__ void run(uint32_t stream) {
+    uint32_t t = blockIdx.x * Shape::kStreams + stream;
+    while (t < params_.order.count) {
+      WorkItem item;
+      if (work_item(params_.problem, params_.order, t, item)) load_row(item);
+      // Its latency hides behind the tiles that wait in the ring.
+      if (lane_ == 0) t = gridDim.x * Shape::kStreams + atomicAdd(params_.order.counter, 1u);
+      t = __shfl_sync(0xffffffff, t, 0);
+    }
+    finish();
+  }
+
+ private:
+  __device__ void load_row(const WorkItem& item) {
+    const DeviceSequence& sequence = params_.problem.sequences[item.sequence];
+    first_position_ = (sequence.first_q_block + item.q_row) * Shape::kBlock;
+    sequence_ = item.sequence;
+    kv_head_ = params_.problem.kv_head(item.head);
+    const int32_t tiles = item.blocks * Shape::kTilesPerBlock;
+    if (lane_ == 0) describe(item, sequence, tiles);
+    BlockWalk walk(
+        params_.rows.bits == nullptr ? nullptr : params_.rows.row(sequence, item.head, item.q_row));
+    // K tiles that are asked for before Q: as many as fit besides those still in use by the row
+    // before, whose last use frees Q too.
+    const int32_t before_q = min(Shape::kStages - 1, tiles);
+    if (before_q == 0) load_q();
+    int32_t first_key = 0;
+#pragma unroll 1
+    for (int32_t i = 1; i <= tiles; ++i) {
+      first_key = (i - 1) % Shape::kTilesPerBlock == 0 ? walk.next() * Shape::kBlock
+                                                       : first_key + Shape::kTileKv;
+      load_kv(first_key, i == before_q);
+    }
+  }
+
+  // Of the row that comes next.
+  __device__ void describe(const WorkItem& item, const DeviceSequence& sequence, int32_t tiles) {
+    const DeviceProblem& problem = params_.problem;
+    WorkTile& work = shared_.work[rows_ % WorkTile::kSlots];
+    const int32_t row = first_position_ - sequence.first_position();  // negative: inside a block
+    work.out = problem.q_row(problem.out, item.sequence, item.head, row);
+    work.lse = problem.lse == nullptr ? nullptr : problem.lse_row(item.sequence, item.head) + row;
+    work.sequence = item.sequence;
+    work.head = item.head;
+    work.q_row = item.q_row;
+    work.tiles = tiles;
+    work.first_position = first_position_;
+    work.s_kv = sequence.s_kv;
+    work.row_begin = max(-row, 0);
+    work.row_end = min(sequence.s_q - row, Shape::kTileQ);
+    work.q_map_row = static_cast<int32_t>(sequence.q_start) + row;
+    work.q_map_sequence = params_.q_packed != 0 ? 0 : item.sequence;
+  }
+
+  __device__ void load_q() {
+    sm90::barrier_wait(&shared_.q_empty, (rows_ & 1) ^ 1);
+    if (lane_ == 0) {
+      const WorkTile& work = shared_.work[rows_ % WorkTile::kSlots];
+      if (work.tiles == 0) {
+        sm90::barrier_arrive(&shared_.q_full);
+      } else {
+        sm90::barrier_arrive_expect(&shared_.q_full, Shape::kQBytes);
+#pragma unroll 1
+        for (int c = 0; c < Shape::kDimQk / sm90::kChunkColumns; ++c) {
+          sm90::tma_load(&params_.q_map, &shared_.q_full,
+                         shared_.q + c * Shape::kTileQ * sm90::kChunkColumns,
+                         c * sm90::kChunkColumns, work.q_map_row, work.head, work.q_map_sequence);
+        }
+      }
+    }
+    __syncwarp();
+    ++rows_;
+  }
+
+  // With the row's Q between K and V, if asked for.
+  __device__ void load_kv(int32_t first_key, bool with_q) {
+    // Read again for each tile: registers are few here.
+    const DeviceSequence& sequence = params_.problem.sequences[sequence_];
+    const int32_t keys = max(min(sequence.s_kv - first_key, Shape::kTileKv), 0);
+    const bool masked = is_masked<Shape>(params_.mask, first_position_, first_key);
+    // Lane l brings box l. Pages past the last key are not looked up; what their keys' places hold
+    // is masked (K) and zeroed (V).
+    const int32_t box_rows = params_.kv_box_rows;
+    int32_t boxes = 1, row = static_cast<int32_t>(sequence.kv_start) + first_key;
+    int32_t page = params_.kv_packed != 0 ? 0 : sequence_;
+    if (params_.problem.page_table != nullptr) {
+      boxes = (keys + box_rows - 1) / box_rows;
+      const uint32_t key = first_key + lane_ * box_rows, page_size = params_.problem.page_size;
+      const uint32_t nth = key / page_size;
+      row = static_cast<int32_t>(key - nth * page_size);
+      if (lane_ < boxes) {
+        page = params_.problem.page_table[sequence_ * params_.problem.page_table_stride + nth];
+      }
+    }
+    const uint32_t box_bytes = box_rows * sm90::kChunkRowBytes;
+    const auto load = [&](const sm90::TensorMap* map, sm90::Barrier* full, uint16_t* tile,
+                          int chunks) {
+      if (lane_ == 0) sm90::barrier_arrive_expect(full, boxes * chunks * box_bytes);
+      __syncwarp();
+      if (lane_ < boxes) {
+#pragma unroll 1
+        for (int c = 0; c < chunks; ++c) {
+          sm90::tma_load(map, full,
+                         tile + (c * Shape::kTileKv + lane_ * box_rows) * sm90::kChunkColumns,
+                         c * sm90::kChunkColumns, row, kv_head_, page);
+        }
+      }
+    };
+    const uint32_t stage = ring_.stage;
+    sm90::barrier_wait(&shared_.k_empty[stage], ring_.parity ^ 1);
+    if (lane_ == 0) shared_.key_tile[stage] = {first_key, masked};
+    load(&params_.k_map, &shared_.k_full[stage], shared_.k[stage],
+         Shape::kDimQk / sm90::kChunkColumns);
+    if (with_q) load_q();
+    sm90::barrier_wait(&shared_.v_empty[stage], ring_.parity ^ 1);
+    if (lane_ == 0) shared_.value_tile[stage] = {keys, masked};
+    load(&params_.v_map, &shared_.v_full[stage], shared_.v[stage],
+         Shape::kDimV / sm90::kChunkColumns);
+    ring_.advance();
+  }
+
+  // Tells the others that there is no more.
+  __device__ void finish() {
+    sm90::barrier_wait(&shared_.q_empty, (rows_ & 1) ^ 1);
+    sm90::barrier_wait(&shared_.v_empty[ring_.stage], ring_.parity ^ 1);
+    if (lane_ == 0) {
+      shared_.work[rows_ % WorkTile::kSlots].tiles = WorkTile::kNoWork;
+      sm90::barrier_arrive(&shared_.q_full);
+      shared_.value_tile[ring_.stage].keys = ValueTile::kNoMore;
+      sm90::barrier_arrive(&shared_.v_full[ring_.stage]);
+    }
+  }
+
+  const AttendSm90Params& params_;
+  StreamShared<Shape>& shared_;
+  const int32_t lane_;
+  RingPlace<Shape::kStages> ring_;
+  uint32_t rows_ = 0;  // of work, so far
+  // Of the row in work.
+  int32_t first_position_, sequence_, kv_head_;
+};
+
+// One of a stream's checking warps, which looks at its share of the rows of every masked tile of V.
+// A weight of 0 does not keep a NaN or an infinity out of a row that does not see its key. So here
+// what lies past the last key becomes zero, and so do elements that are not finite; the warpgroups
+// add those in the end to the rows that see them (attend_sm90_not_finite.cuh).
+template <typename Shape>
+class Checker {
+ public:
+  static constexpr int kRows = Shape::kTileKv / Shape::kCheckers;
+  static constexpr int kChunks = Shape::kDimV / sm90::kChunkColumns;
+
+  __device__ Checker(StreamShared<Shape>& shared, int warp)
+      : shared_(shared),
+        warp_(warp),
+        first_(warp * kRows),
+        lane_(static_cast<int32_t>(threadIdx.x) % 32) {}
+
+  __device__ void run() {
+    for (RingPlace<Shape::kStages> ring;; ring.advance()) {
+      sm90::barrier_wait(&shared_.v_full[ring.stage], ring.parity);
+      const ValueTile tile = shared_.value_tile[ring.stage];
+      if (tile.keys == ValueTile::kNoMore) return;
+      if (tile.masked) {
+        check(ring.stage, tile.keys);
+        sm90::fence_proxy_async();
+        warp_arrive(&shared_.v_checked[ring.stage]);
+      }
+      warp_arrive(&shared_.v_empty[ring.stage]);
+    }
+  }
+
+ private:
+  __device__ uint4* row(uint32_t stage, int chunk, int key) const {
+    return reinterpret_cast<uint4*>(shared_.v[stage] +
+                                    (chunk * Shape::kTileKv + key) * sm90::kChunkColumns);
+  }
+
+  // Eight lanes a row of a chunk; where a column lies within it does not matter.
+  __device__ void check(uint32_t stage, int keys) {
+    const int end = min(first_ + kRows, keys);
+    bool found = false;
+    for (int key = first_ + lane_ / 8; key < first_ + kRows; key += 4) {
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        uint4* unit = row(stage, c, key) + lane_ % 8;
+        if (key >= end) {
+          *unit = {0, 0, 0, 0};
+        } else {
+          found |= unit_not_finite(*unit);
+        }
+      }
+    }
+    const bool any = __any_sync(0xffffffff, found) != 0;
+    if (lane_ == 0) shared_.not_finite[stage][warp_] = any;
+    if (any) clear_not_finite(stage, end);
+  }
+
+  __device__ static bool unit_not_finite(const uint4& unit) {
+    using Element = typename Shape::Element;
+    return any_not_finite<Element>(unit.x) || any_not_finite<Element>(unit.y) ||
+           any_not_finite<Element>(unit.z) || any_not_finite<Element>(unit.w);
+  }
+
+  __device__ void clear_not_finite(uint32_t stage, int end) {
+    __syncwarp();
+#pragma unroll 1
+    for (int key = first_; key < end; ++key) {
+#pragma unroll 1
+      for (int column = lane_; column < Shape::kDimV; column += 32) {
+        auto* element = reinterpret_cast<uint16_t*>(row(stage, column / sm90::kChunkColumns, key)) +
+                        column % sm90::kChunkColumns;
+        if (any_not_finite<typename Shape::Element>(*element)) *element = 0;
+      }
+    }
+  }
+
+  StreamShared<Shape>& shared_;
+  const int warp_, first_;
+  const int32_t lane_;
+};
+
+}  // namespace flexprefill
+
+#endif  // FLEXPREFILL_SRC_ATTEND_ATTEND_SM90_LOAD_CUH_
