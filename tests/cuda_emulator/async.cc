@@ -39,6 +39,7 @@ BarrierState load(const uint64_t* barrier, const char* what, Where where) {
 
 void store(uint64_t* barrier, BarrierState state) {
   if (state.pending == 0 && state.bytes == 0) {
+    phase_clocks(barrier).ended = phase_clocks(barrier).running;
     state.parity ^= 1;
     state.pending = state.arrivals;
   }
@@ -58,6 +59,7 @@ void add_bytes(uint64_t* barrier, int64_t bytes, const char* what, Where where) 
 void mbarrier_init(uint64_t* barrier, uint32_t arrivals, Where where) {
   shared_address(barrier, 8, 8, "mbarrier.init", where);
   if (arrivals == 0 || arrivals > kMaxArrivals) fail("mbarrier.init: count out of range", where);
+  phase_clocks(barrier) = {};
   store(barrier,
         {.parity = 0, .pending = arrivals, .arrivals = arrivals, .bytes = 0, .invalid = 0});
 }
@@ -70,6 +72,7 @@ void mbarrier_arrive(uint64_t* barrier, Where where) {
   BarrierState state = load(barrier, "mbarrier.arrive", where);
   if (state.pending == 0) fail("mbarrier.arrive: more arrivals than the barrier counts", where);
   state.pending -= 1;
+  races().release(thread_number(), phase_clocks(barrier).running);
   store(barrier, state);
 }
 
@@ -78,6 +81,7 @@ void mbarrier_wait(uint64_t* barrier, uint32_t parity, Where where) {
   wait_until(
       "mbarrier.try_wait", [=] { return std::bit_cast<BarrierState>(*barrier).parity != parity; },
       where);
+  races().acquire(thread_number(), phase_clocks(barrier).ended);
 }
 
 // ---- TMA
@@ -118,6 +122,9 @@ void tma_load(const TensorMap& map, uint64_t* barrier, void* shared, const int32
   units = units * map.element_bytes / 16;
   const uint32_t address = shared_address(shared, units * 16, 128, "TMA load", where);
   load(barrier, "TMA load", where);
+  check_access(shared, units * 16, Races::Kind::kWrite, where);
+  Races::Clock issued;
+  races().release(thread_number(), issued);
   std::fill_n(static_cast<std::byte*>(shared), units * 16, kPoison);
   async_wrote(static_cast<std::byte*>(shared), units * 16);
   std::array<int64_t, TensorMap::kMaxRank> start{};
@@ -148,6 +155,7 @@ void tma_load(const TensorMap& map, uint64_t* barrier, void* shared, const int32
       std::memcpy(to, bytes.data(), 16);
       async_wrote(to, 16);
     }
+    Races::join(phase_clocks(barrier).running, issued);
     add_bytes(barrier, -static_cast<int64_t>(units) * 16, "TMA load", where);
   });
 }
@@ -184,7 +192,7 @@ int column_of(int t, int i) { return i / 4 * 8 + t % 4 * 2 + i % 2; }
 struct WarpgroupProducts {
   std::deque<QueuedProduct> queue;  // not yet computed, in order
   std::vector<std::shared_ptr<Accumulators>> in_flight;
-  int64_t issued = 0, computed = 0;
+  int64_t issued = 0, computed = 0;  // numbers of products, from 1
   struct OfWarp {
     std::vector<int64_t> groups;  // the number of products that were issued at each commit
     bool fenced = false;
@@ -200,9 +208,11 @@ WarpgroupProducts& products() {
   return *mine;
 }
 
-// One operand in shared memory as [extent, 16], extent being M or N.
-std::vector<float> load_operand(uint64_t descriptor, int extent, bool transposed, Element type,
-                                Where where) {
+// The 16-byte units of an operand [extent, 16] in shared memory, extent being M or N:
+// function(data, row, column) of the first of 8 elements along the contiguous dimension.
+template <typename Function>
+void for_each_unit(uint64_t descriptor, int extent, bool transposed, Where where,
+                   Function function) {
   constexpr std::array<uint32_t, 4> kSwizzles = {0, 128, 64, 32};
   const uint32_t start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
   const uint32_t leading = static_cast<uint32_t>(descriptor >> 16 & 0x3fff) << 4;
@@ -215,7 +225,6 @@ std::vector<float> load_operand(uint64_t descriptor, int extent, bool transposed
   // core matrix is one unit, with it a row has `swizzle` bytes.
   const uint32_t row_bytes = std::max(swizzle, 16U);
   const uint32_t row_units = row_bytes / 16;
-  std::vector<float> operand(static_cast<size_t>(extent) * 16);
   const int contiguous = transposed ? extent : 16, other = transposed ? 16 : extent;
   for (int row = 0; row < other; ++row) {
     for (int unit = 0; unit < contiguous / 8; ++unit) {
@@ -228,17 +237,31 @@ std::vector<float> load_operand(uint64_t descriptor, int extent, bool transposed
         address = start + row % 8 * row_bytes + row / 8 * stride +
                   (swizzle == 0 ? unit * leading : unit * 16);
       }
-      const std::byte* data = shared_pointer(swizzled(address, swizzle), 16, 16, "wgmma", where);
-      async_reads(data, 16, "wgmma", where);
-      for (int e = 0; e < 8; ++e) {
-        uint16_t bits;
-        std::memcpy(&bits, data + e * 2, 2);
-        const int along = unit * 8 + e;
-        operand[transposed ? along * 16 + row : row * 16 + along] = to_float(type, bits);
-      }
+      function(shared_pointer(swizzled(address, swizzle), 16, 16, "wgmma", where),
+               transposed ? unit * 8 : row, transposed ? row : unit * 8);
     }
   }
+}
+
+std::vector<float> load_operand(uint64_t descriptor, int extent, bool transposed, Element type,
+                                Where where) {
+  std::vector<float> operand(static_cast<size_t>(extent) * 16);
+  for_each_unit(descriptor, extent, transposed, where,
+                [&](const std::byte* data, int row, int column) {
+                  async_reads(data, 16, "wgmma", where);
+                  for (int e = 0; e < 8; ++e) {
+                    uint16_t bits;
+                    std::memcpy(&bits, data + e * 2, 2);
+                    operand[row * 16 + column + e * (transposed ? 16 : 1)] = to_float(type, bits);
+                  }
+                });
   return operand;
+}
+
+void check_operand(uint64_t descriptor, int extent, bool transposed, Where where) {
+  for_each_unit(descriptor, extent, transposed, where, [&](const std::byte* data, int, int) {
+    check_access(data, 16, Races::Kind::kRead, where, By::kProducts);
+  });
 }
 
 void compute_next(WarpgroupProducts& group) {
@@ -354,6 +377,9 @@ void wgmma(const Product& product, Where where) {
         }
         queued.accumulators = take_registers(group, threads, where);
         queued.accumulators->last_product = ++group.issued;
+        races().start_product(races().warpgroup(thread_number()));
+        if (first.a_registers == nullptr) check_operand(first.a, 64, first.a_transposed, where);
+        check_operand(first.b, first.n, first.b_transposed, where);
         group.queue.push_back(std::move(queued));
         while (!group.queue.empty() && random_below(4) == 0) compute_next(group);
       },
@@ -384,6 +410,8 @@ void wgmma_wait(int groups, Where where) {
         own.groups.erase(own.groups.begin(), own.groups.begin() + finished);
         while (group.computed < through) compute_next(group);
         deliver(group, warp, through, where);
+        const int first = thread_number() / 32 * 32;
+        for (int lane = 0; lane < 32; ++lane) races().acquire_products(first + lane, through);
         own.fenced = false;
       },
       where);

@@ -14,6 +14,8 @@
 #include <string>
 #include <vector>
 
+#include "cuda_emulator/races.h"
+
 namespace cuda_emulator {
 
 struct Index3 {
@@ -27,6 +29,7 @@ struct Settings {
   int major = 9, minor = 0;
   int multiprocessors = 4;
   uint64_t seed = 1;
+  bool find_races = true;
 };
 // To be changed between calls only.
 Settings& settings();
@@ -83,6 +86,9 @@ void at_warpgroup(const char* what, Argument& argument, Function function, Where
       &function, where);
 }
 
+// A meeting of the warp that orders its accesses to memory.
+void sync_warp(uint32_t mask, Where where);
+
 // bar.sync, bar.arrive: `threads` of the block come together, those that only arrive do not wait.
 // threads == 0: all of the block that have not left the kernel.
 void barrier(unsigned number, unsigned threads, bool wait, Where where);
@@ -104,6 +110,23 @@ uint32_t shared_address(const void* pointer, size_t bytes, size_t alignment, con
 std::byte* shared_pointer(uint32_t address, size_t bytes, size_t alignment, const char* what,
                           Where where);
 inline constexpr std::byte kPoison{0xff};
+
+// Fails if an access by `by`, the running thread or its warpgroup's products, is in a race.
+enum class By { kThread, kProducts };
+void check_access(const void* data, size_t bytes, Races::Kind kind, Where where,
+                  By by = By::kThread);
+Races& races();
+// What the compiler saw, anywhere in memory.
+void instrumented_access(const void* data, size_t bytes, Races::Kind kind);
+// For atomic operations, which do not race with each other; one thread runs at a time.
+void atomic_load(void* to, const void* address, size_t bytes);
+void atomic_store(void* address, const void* from, size_t bytes);
+
+// What threads did before they arrived at an mbarrier, or TMA before it reported its bytes.
+struct PhaseClocks {
+  Races::Clock running, ended;
+};
+PhaseClocks& phase_clocks(const uint64_t* barrier);
 
 // The state of shared memory as the asynchronous proxy (TMA, wgmma) sees it: ordinary stores reach
 // it with fence.proxy.async.

@@ -155,12 +155,63 @@ __global__ void without_barrier(float* results) {
 }
 
 TEST(Emulator, MissingBarrierShows) {
-  with_seeds([] {
-    DeviceArray<float> results(64);
+  DeviceArray<float> results(64);
+  EXPECT_FAILS(launch(without_barrier, 1, 64, 64 * sizeof(float), nullptr, results.data()),
+               "race on shared memory");
+  cuda_emulator::settings().find_races = false;
+  with_seeds([&] {
     launch(without_barrier, 1, 64, 64 * sizeof(float), nullptr, results.data());
     int wrong = 0;
     for (const float value : results.download()) wrong += value == 1.0F ? 0 : 1;
     EXPECT_GT(wrong, 0);
+  });
+  cuda_emulator::settings().find_races = true;
+}
+
+// Rounds of a buffer that all write and all read; without the second barrier a write of the next
+// round may come before a read of this one.
+__global__ void rounds(int* results, bool second_barrier) {
+  auto* sValues = reinterpret_cast<int*>(shared_memory());
+  int sum = 0;
+  for (int round = 0; round < 3; ++round) {
+    sValues[threadIdx.x] = round;
+    __syncthreads();
+    sum += sValues[(threadIdx.x + 40) % blockDim.x];
+    if (second_barrier) __syncthreads();
+  }
+  results[threadIdx.x] = sum;
+}
+
+TEST(Emulator, WriteAfterReadNeedsABarrier) {
+  DeviceArray<int> results(64);
+  with_seeds([&] {
+    launch(rounds, 1, 64, 256, nullptr, results.data(), true);
+    EXPECT_FAILS(launch(rounds, 1, 64, 256, nullptr, results.data(), false), "race on shared");
+  });
+}
+
+// Lanes that arrive at an mbarrier for their warp after __syncwarp, or too early.
+__global__ void arrive_for_the_warp(int* results, bool sync) {
+  auto* sValues = reinterpret_cast<int*>(shared_memory());
+  auto* barrier = reinterpret_cast<sm90::Barrier*>(shared_memory() + 128);
+  if (threadIdx.x == 0) sm90::barrier_init(barrier, 1);
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    sValues[threadIdx.x] = 1;
+    if (sync) __syncwarp();
+    if (threadIdx.x == 7) sm90::barrier_arrive(barrier);
+  } else {
+    sm90::barrier_wait(barrier, 0);
+    results[threadIdx.x - 32] = sValues[threadIdx.x - 32];
+  }
+}
+
+TEST(Emulator, ArrivalForAWarpNeedsSyncwarp) {
+  DeviceArray<int> results(32);
+  with_seeds([&] {
+    launch(arrive_for_the_warp, 1, 64, 136, nullptr, results.data(), true);
+    EXPECT_FAILS(launch(arrive_for_the_warp, 1, 64, 136, nullptr, results.data(), false),
+                 "race on shared");
   });
 }
 

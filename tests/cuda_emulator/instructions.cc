@@ -40,6 +40,7 @@ void cp_async(uint32_t shared, const void* global, int bytes, int source_bytes, 
              std::to_string(reinterpret_cast<uintptr_t>(global) % 16),
          where);
   }
+  check_access(to, bytes, Races::Kind::kWrite, where);
   std::fill_n(to, bytes, kPoison);
   thread_copies().open.emplace_back([=] {
     if (source_bytes > 0) std::memcpy(to, global, source_bytes);
@@ -67,7 +68,9 @@ void ldmatrix(uint32_t* registers, int matrices, bool transposed, uint32_t row, 
     uint32_t* registers;
     uint32_t row;
   } lane{registers, row};
-  if (lane_number() < 8 * matrices) shared_pointer(row, 16, 16, "ldmatrix", where);
+  if (lane_number() < 8 * matrices) {
+    check_access(shared_pointer(row, 16, 16, "ldmatrix", where), 16, Races::Kind::kRead, where);
+  }
   at_warp(
       kAllLanes, transposed ? "ldmatrix.trans" : "ldmatrix", lane,
       [&](Lane* const* lanes) {

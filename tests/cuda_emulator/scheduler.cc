@@ -7,6 +7,7 @@
 #include <array>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <mutex>
 #include <random>
 
@@ -90,6 +91,7 @@ struct Barrier {
   unsigned expected = 0, arrived = 0;
   int predicates = 0;  // of count_at_barrier
   std::vector<int> waiting;
+  Races::Clock clock;  // of those that have arrived
 };
 
 struct Block {
@@ -98,6 +100,7 @@ struct Block {
   std::vector<std::unique_ptr<Meeting>> warpgroup_meetings;
   std::vector<std::shared_ptr<WarpgroupProducts>> products;
   std::array<Barrier, kBarriers> barriers;
+  std::map<const uint64_t*, PhaseClocks> phase_clocks;
   std::vector<std::function<void()>> landing;
   int live = 0;
   int last_count = 0;  // of count_at_barrier
@@ -114,6 +117,7 @@ struct Device {
   std::vector<std::byte> async_view;  // shared memory as the asynchronous proxy sees it
   size_t shared_bytes = 0;
   Block block;
+  Races races;
   int current = 0;
   void* scheduler_stack_pointer = nullptr;
   const std::function<void()>* body = nullptr;
@@ -184,7 +188,10 @@ void stand_at(const char* what, Where where) {
 
 void release(Barrier& barrier) {
   if (&barrier == device.block.barriers.data()) device.block.last_count = barrier.predicates;
-  for (const int thread : barrier.waiting) make_ready(thread);
+  for (const int thread : barrier.waiting) {
+    make_ready(thread);
+    device.races.acquire(thread, barrier.clock);
+  }
   barrier = {};
 }
 
@@ -321,6 +328,7 @@ void run_block() {
   for (Warp& warp : block.warps) warp.priority = device.random();
   std::fill_n(device.shared - kSharedGuard, device.shared_bytes + 2 * kSharedGuard, kPoison);
   device.async_view.assign(device.shared_bytes, kPoison);
+  device.races.start_block(threads, device.shared_bytes);
   while (block.live > 0 && !device.failed) {
     if (!block.landing.empty() && random_below(16) == 0) land_one();
     const int warp = pick_warp();
@@ -461,6 +469,22 @@ void meet_warp(uint32_t mask, const char* what, void* argument, Perform perform,
   warp.ready &= ~(1u << lane);  // it is running
 }
 
+void sync_warp(uint32_t mask, Where where) {
+  int thread = device.current;
+  at_warp(
+      mask, "__syncwarp", thread,
+      [mask](int* const* threads) {
+        Races::Clock clock;
+        for (uint32_t rest = mask; rest != 0; rest &= rest - 1) {
+          device.races.release(*threads[__builtin_ctz(rest)], clock);
+        }
+        for (uint32_t rest = mask; rest != 0; rest &= rest - 1) {
+          device.races.acquire(*threads[__builtin_ctz(rest)], clock);
+        }
+      },
+      where);
+}
+
 void meet_warpgroup(const char* what, void* argument, Perform perform, void* context, Where where) {
   const int group = device.current / 128;
   const int member = device.current % 128;
@@ -498,9 +522,11 @@ void barrier(unsigned number, unsigned threads, bool wait, Where where) {
   }
   barrier.expected = threads;
   ++barrier.arrived;
+  device.races.release(device.current, barrier.clock);
   const bool complete =
       barrier.arrived == (threads == 0 ? static_cast<unsigned>(device.block.live) : threads);
   if (complete) {
+    if (wait) device.races.acquire(device.current, barrier.clock);
     release(barrier);
   } else if (wait) {
     barrier.waiting.push_back(device.current);
@@ -551,6 +577,36 @@ std::byte* shared_pointer(uint32_t address, size_t bytes, size_t alignment, cons
   std::byte* pointer = device.shared + (static_cast<int64_t>(address) - kSharedBase);
   shared_address(pointer, bytes, alignment, what, where);
   return pointer;
+}
+
+Races& races() { return device.races; }
+
+PhaseClocks& phase_clocks(const uint64_t* barrier) { return device.block.phase_clocks[barrier]; }
+
+void check_access(const void* data, size_t bytes, Races::Kind kind, Where where, By by) {
+  if (!settings().find_races) return;
+  const int who = by == By::kThread ? device.current : device.races.warpgroup(device.current);
+  const std::string race =
+      device.races.access(who, static_cast<const std::byte*>(data) - device.shared, bytes, kind,
+                          device.block.fibers[device.current].where.line());
+  if (!race.empty()) fail(race + ", after", where);
+}
+
+void instrumented_access(const void* data, size_t bytes, Races::Kind kind) {
+  const auto offset =
+      reinterpret_cast<uintptr_t>(data) - reinterpret_cast<uintptr_t>(device.shared);
+  if (offset >= device.shared_bytes || !device.in_thread) return;
+  bytes = std::min(bytes, device.shared_bytes - offset);
+  check_access(data, bytes, kind, device.block.fibers[device.current].where);
+}
+
+void atomic_load(void* to, const void* address, size_t bytes) {
+  instrumented_access(address, bytes, Races::Kind::kAtomic);
+  std::memcpy(to, address, bytes);
+}
+
+void atomic_store(void* address, const void* from, size_t bytes) {
+  std::memcpy(address, from, bytes);
 }
 
 void fence_async_proxy() {

@@ -37,7 +37,7 @@ inline void __syncthreads(Where where = Where::current()) {
 }
 
 inline void __syncwarp(uint32_t mask = 0xffffffffu, Where where = Where::current()) {
-  cuda_emulator::meet_warp(mask, "__syncwarp", nullptr, [](void* const*, void*) {}, nullptr, where);
+  cuda_emulator::sync_warp(mask, where);
 }
 
 inline void __threadfence() {}
@@ -211,8 +211,10 @@ inline uint32_t __reduce_and_sync(uint32_t mask, uint32_t value, Where where = W
 
 template <typename T, typename Function>
 T cuda_emulator_atomic(T* address, Function function) {
-  const T old = *address;
-  *address = function(old);
+  T old;
+  cuda_emulator::atomic_load(&old, address, sizeof(T));
+  const T next = function(old);
+  cuda_emulator::atomic_store(address, &next, sizeof(T));
   return old;
 }
 template <typename T>
