@@ -336,6 +336,16 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
                             cudaStream_t stream) {
   return copy(to, from, bytes, kind, stream);
 }
+cudaError_t cudaMemcpy2D(void* to, size_t to_pitch, const void* from, size_t from_pitch,
+                         size_t row_bytes, size_t rows, cudaMemcpyKind kind) {
+  for (size_t row = 0; row < rows; ++row) {
+    const cudaError_t error =
+        copy(static_cast<std::byte*>(to) + row * to_pitch,
+             static_cast<const std::byte*>(from) + row * from_pitch, row_bytes, kind, nullptr);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
 cudaError_t cudaMemset(void* to, int value, size_t bytes) { return set(to, value, bytes, nullptr); }
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
   return set(to, value, bytes, stream);
