@@ -5,12 +5,14 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstdint>
 #include <new>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -273,12 +275,14 @@ void call_attend_on_device(const Call& call, const DeviceRows& rows, const Tenso
 
 BlockIndex make_index(const Int64Vector& indptr, const Int32Vector& indices,
                       const std::vector<std::pair<int64_t, int64_t>>& sequences, int32_t h_q,
-                      int32_t block_size, int64_t global_window, int64_t local_window) {
+                      int32_t block_size, int64_t global_window, int64_t local_window,
+                      bool mean_correction) {
   BlockIndex index;
   index.block_size = block_size;
   index.h_q = h_q;
   index.global_window = global_window;
   index.local_window = local_window;
+  index.mean_correction = mean_correction;
   for (const auto& [s_q, s_kv] : sequences) index.sequences.push_back({s_q, s_kv});
   index.indptr.assign(indptr.data(), indptr.data() + indptr.size());
   index.indices.assign(indices.data(), indices.data() + indices.size());
@@ -336,7 +340,7 @@ void bind_errors(nb::module_& m) {
 void bind_index(nb::module_& m) {
   nb::class_<BlockIndex>(m, "BlockIndex")
       .def_static("make", &make_index, "indptr"_a, "indices"_a, "sequences"_a, "h_q"_a,
-                  "block_size"_a, "global_window"_a, "local_window"_a)
+                  "block_size"_a, "global_window"_a, "local_window"_a, "mean_correction"_a)
       .def_static(
           "dense",
           [](const std::vector<std::pair<int64_t, int64_t>>& sequences, int32_t h_q,
@@ -361,6 +365,7 @@ void bind_index(nb::module_& m) {
       .def_ro("h_q", &BlockIndex::h_q)
       .def_ro("global_window", &BlockIndex::global_window)
       .def_ro("local_window", &BlockIndex::local_window)
+      .def_ro("mean_correction", &BlockIndex::mean_correction)
       .def_prop_ro("sequences",
                    [](const BlockIndex& index) {
                      std::vector<std::pair<int64_t, int64_t>> pairs;
@@ -383,6 +388,19 @@ void bind_index(nb::module_& m) {
       "s_q"_a, "s_kv"_a, "block_size"_a);
 }
 
+// MInference with the heads that it points to.
+struct MInferencePattern : Pattern {
+  explicit MInferencePattern(const std::vector<std::tuple<int32_t, int64_t, int64_t>>& in) {
+    for (const auto& [kind, vertical_size, slash_size] : in) {
+      heads.push_back({static_cast<MInferenceHead::Kind>(kind), vertical_size, slash_size});
+    }
+    Pattern::operator=(MInference{heads});
+  }
+  MInferencePattern(const MInferencePattern&) = delete;
+  MInferencePattern& operator=(const MInferencePattern&) = delete;
+  std::vector<MInferenceHead> heads;
+};
+
 void bind_pattern(nb::module_& m) {
   nb::class_<Pattern>(m, "Pattern")
       .def_static("dense", [] { return Pattern(Dense{}); })
@@ -404,7 +422,23 @@ void bind_pattern(nb::module_& m) {
           [](int64_t global_window, int64_t local_window) {
             return Pattern(StreamingLlm{global_window, local_window});
           },
-          "global_window"_a, "local_window"_a);
+          "global_window"_a, "local_window"_a)
+      .def_static(
+          "xattention",
+          [](int64_t stride, double threshold) {
+            return Pattern(XAttention{stride, static_cast<float>(threshold)});
+          },
+          "stride"_a, "threshold"_a)
+      .def_static(
+          "flash_prefill",
+          [](double alpha, int64_t global_window, int64_t local_window, int64_t last_queries,
+             bool mean_correction) {
+            return Pattern(FlashPrefill{static_cast<float>(alpha), global_window, local_window,
+                                        last_queries, mean_correction});
+          },
+          "alpha"_a, "global_window"_a, "local_window"_a, "last_queries"_a, "mean_correction"_a);
+  nb::class_<MInferencePattern, Pattern>(m, "MInferencePattern")
+      .def(nb::init<const std::vector<std::tuple<int32_t, int64_t, int64_t>>&>(), "heads"_a);
 }
 
 }  // namespace

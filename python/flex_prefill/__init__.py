@@ -23,17 +23,31 @@ from flex_prefill.attention import (
 )
 from flex_prefill.audit import Audit
 from flex_prefill.block_index import BlockIndex
-from flex_prefill.patterns import Dense, FlexPrefill, Pattern, StreamingLlm, VerticalSlash
+from flex_prefill.patterns import (
+    Dense,
+    FlashPrefill,
+    FlexPrefill,
+    MInference,
+    MInferenceHead,
+    Pattern,
+    StreamingLlm,
+    VerticalSlash,
+    XAttention,
+)
 
 __all__ = [
     "Audit",
     "BlockIndex",
     "Dense",
+    "FlashPrefill",
     "FlexPrefill",
+    "MInference",
+    "MInferenceHead",
     "Pattern",
     "StreamingLlm",
     "UnsupportedError",
     "VerticalSlash",
+    "XAttention",
     "__version__",
     "attend",
     "collect_audits",

@@ -19,6 +19,7 @@ class BlockIndex:
         block_size: int,
         global_window: int,
         local_window: int,
+        mean_correction: bool,
     ) -> BlockIndex: ...
     @staticmethod
     def dense(sequences: Sequence[tuple[int, int]], h_q: int, block_size: int) -> BlockIndex: ...
@@ -35,6 +36,8 @@ class BlockIndex:
     def global_window(self) -> int: ...
     @property
     def local_window(self) -> int: ...
+    @property
+    def mean_correction(self) -> bool: ...
     @property
     def sequences(self) -> list[tuple[int, int]]: ...
     @property
@@ -56,6 +59,19 @@ class Pattern:
     def vertical_slash(vertical_size: int, slash_size: int) -> Pattern: ...
     @staticmethod
     def streaming_llm(global_window: int, local_window: int) -> Pattern: ...
+    @staticmethod
+    def xattention(stride: int, threshold: float) -> Pattern: ...
+    @staticmethod
+    def flash_prefill(
+        alpha: float,
+        global_window: int,
+        local_window: int,
+        last_queries: int,
+        mean_correction: bool,
+    ) -> Pattern: ...
+
+class MInferencePattern(Pattern):
+    def __init__(self, heads: Sequence[tuple[int, int, int]]) -> None: ...
 
 class Tensor:
     """A tensor of the caller's, held while this lives; its memory is used where it is."""

@@ -10,14 +10,15 @@ import numpy.typing as npt
 
 __all__ = ["Audit"]
 
-_HEAD_PATTERNS = np.array(["dense", "vertical_slash", "query_aware", "streaming"])
+_HEAD_PATTERNS = np.array(["dense", "vertical_slash", "query_aware", "streaming", "block_sparse"])
 
 
 @dataclass(frozen=True)
 class Audit:
     """What was decided for every query head of every sequence: arrays ``[b, h_q]``.
 
-    pattern: "dense", "vertical_slash", "query_aware" or "streaming".
+    pattern: "dense", "vertical_slash", "query_aware", "streaming" or "block_sparse" (by a score for
+        each block: XAttention, FlashPrefill, MInference).
     jsd_sqrt: distance between the two estimates of the block scores; 0 where not computed.
     vertical_blocks, slash_blocks: how many vertical blocks and block distances were chosen.
     kept_mass: share of the probe's attention mass that lies in kept blocks.

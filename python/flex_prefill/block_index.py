@@ -46,6 +46,7 @@ class DeviceRows:
             self.block_size,
             self.global_window,
             self.local_window,
+            False,
         )
 
 
@@ -69,7 +70,8 @@ class BlockIndex:
 
     With ``global_window`` or ``local_window`` above 0 (streaming_llm), kept blocks are masked
     further by token: query i sees key j only if ``j < global_window`` or
-    ``position(i) - j < local_window``.
+    ``position(i) - j < local_window``. With ``mean_correction`` (flash_prefill), the blocks before
+    its diagonal that a row does not keep count through the means of their keys and values.
 
     An index never changes; it is checked when it is made.
 
@@ -92,6 +94,7 @@ class BlockIndex:
         *,
         global_window: int = 0,
         local_window: int = 0,
+        mean_correction: bool = False,
     ) -> None:
         """From the user's own rows, which are copied.
 
@@ -139,6 +142,7 @@ class BlockIndex:
             block_size,
             global_window,
             local_window,
+            mean_correction,
         )
 
     @classmethod
@@ -260,6 +264,10 @@ class BlockIndex:
     @property
     def local_window(self) -> int:
         return self._about.local_window
+
+    @property
+    def mean_correction(self) -> bool:
+        return self._rows is None and self._core.mean_correction
 
     @property
     def sequences(self) -> list[tuple[int, int]]:

@@ -33,6 +33,7 @@ from transformers.utils.import_utils import is_tracing
 
 from flex_prefill import _core
 from flex_prefill.attention import prefill
+from flex_prefill.minference import LayerPatterns
 from flex_prefill.patch import check_config, pattern_of
 
 if TYPE_CHECKING:
@@ -265,6 +266,8 @@ def _prefill(
     scaling: float | None,
 ) -> torch.Tensor:
     pattern, block_size = _settings(module.config)
+    if isinstance(pattern, LayerPatterns):
+        pattern = pattern.of(getattr(module, "layer_idx", None), query.shape[1])
     audits = _audits.get()
     call = partial(
         prefill,
@@ -369,6 +372,9 @@ def _own_attention_function(module: Any) -> Callable[..., Any]:
 def register_on_model(model: PreTrainedModel, pattern: str, cfg: dict[str, Any]) -> None:
     """patch_model, once pattern and cfg are checked."""
     config = _decoder_config(model)
+    computed = pattern_of(pattern, cfg)[0]
+    if isinstance(computed, LayerPatterns):
+        computed.check(config.num_hidden_layers, config.num_attention_heads)
     own_name = config._attn_implementation
     if own_name == NAME:
         own_name = own_attention(config)

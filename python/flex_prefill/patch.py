@@ -14,9 +14,18 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flex_prefill.patterns import Dense, FlexPrefill, StreamingLlm, VerticalSlash
+from flex_prefill import minference
+from flex_prefill.patterns import (
+    Dense,
+    FlashPrefill,
+    FlexPrefill,
+    StreamingLlm,
+    VerticalSlash,
+    XAttention,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +43,16 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "flex_prefill_min_budget": 1024,
         "flex_prefill_max_budget": None,
     },
+    "xattention": {"block_size": 128, "stride": 16, "threshold": 0.9},
+    "flash_prefill": {
+        "block_size": 128,
+        "alpha": 0.1,
+        "global_window": 256,
+        "local_window": 512,
+        "last_queries": 1024,
+        "mean_correction": True,
+    },
+    "minfer": {"block_size": 128, "model_type": None, "path": None},
 }
 _BLOCK_SIZES = (32, 64, 128)
 _DEFAULT_BLOCK_SIZE = 128
@@ -42,7 +61,7 @@ _DEFAULT_BLOCK_SIZE = 128
 def get_config_example(pattern: str = "flex_prefill") -> dict[str, Any]:
     """The keys that `patch_model(model, pattern, cfg)` takes, with their defaults, as a new dict.
 
-    Raises ValueError for an unknown pattern, UnsupportedError for `minfer`.
+    `minfer` needs one of `model_type` and `path` set. Raises ValueError for an unknown pattern.
     """
     _check_pattern(pattern)
     return dict(_DEFAULTS[pattern])
@@ -53,8 +72,9 @@ def patch_model(
 ) -> PreTrainedModel:
     """Gives the decoder layers of a transformers model a sparse prefill, in place.
 
-    pattern: `flex_prefill`, `vertical_slash`, `streaming_llm`, `flash` (every block, computed by
-        this library) or `default` (the model's own attention again).
+    pattern: `flex_prefill`, `vertical_slash`, `streaming_llm`, `xattention`, `flash_prefill`,
+        `minfer` (per-head patterns of a file in MInference's format), `flash` (every block,
+        computed by this library) or `default` (the model's own attention again).
     cfg: keys of `get_config_example(pattern)`; what is not given has its default. Sizes, windows
         and budgets count tokens.
 
@@ -62,9 +82,9 @@ def patch_model(
     sinks, masks of the caller's own, gradients; docs/transformers.md has the list), stays on the
     attention that the model had. Patching again replaces the pattern. Returns the model.
 
-    Raises ValueError for an unknown pattern or key, for a value out of range and for a model that
-    is not a causal decoder of transformers with exchangeable attention; UnsupportedError for
-    `minfer`. The model is unchanged then.
+    Raises ValueError for an unknown pattern or key, for a value out of range, for a model that is
+    not a causal decoder of transformers with exchangeable attention, and for `minfer` without a
+    file or with one of another model. The model is unchanged then.
     """
     checked = check_config(pattern, cfg)
     from flex_prefill import hf
@@ -112,12 +132,17 @@ def check_config(pattern: str, cfg: Mapping[str, Any] | None) -> dict[str, Any]:
             f"flex_prefill_max_budget: expected at least flex_prefill_min_budget = {least}, "
             f"got {most}"
         )
+    if pattern == "minfer":
+        minference.resolve(checked["model_type"], checked["path"])
     return checked
 
 
 def pattern_of(pattern: str, checked: Mapping[str, Any]) -> tuple[Any, int]:
-    """The pattern object and the block size that `check_config`'s dict stands for."""
+    """The pattern object and the block size that `check_config`'s dict stands for; of `minfer` the
+    LayerPatterns."""
     block_size = checked.get("block_size", _DEFAULT_BLOCK_SIZE)
+    if pattern == "minfer":
+        return minference.resolve(checked["model_type"], checked["path"]), block_size
     values = {
         key.removeprefix("flex_prefill_"): value
         for key, value in checked.items()
@@ -128,17 +153,13 @@ def pattern_of(pattern: str, checked: Mapping[str, Any]) -> tuple[Any, int]:
         "streaming_llm": StreamingLlm,
         "vertical_slash": VerticalSlash,
         "flex_prefill": FlexPrefill,
+        "xattention": XAttention,
+        "flash_prefill": FlashPrefill,
     }
     return kinds[pattern](**values), block_size
 
 
 def _check_pattern(pattern: str) -> None:
-    if pattern == "minfer":
-        from flex_prefill import UnsupportedError
-
-        raise UnsupportedError(
-            "pattern: 'minfer' is not available yet; available are " + ", ".join(_DEFAULTS)
-        )
     if pattern not in _DEFAULTS:
         raise ValueError(
             f"pattern: expected the name of a pattern, got {pattern!r}"
@@ -151,9 +172,21 @@ def _check_value(key: str, value: Any) -> Any:
         if isinstance(value, bool) or value not in _BLOCK_SIZES:
             raise ValueError(f"block_size: expected 32, 64 or 128, got {value!r}")
         return int(value)
+    if key in ("model_type", "path"):
+        if value is not None and not (isinstance(value, (str, Path)) and str(value)):
+            raise ValueError(f"{key}: expected a name or None, got {value!r}")
+        return None if value is None else str(value)
+    if key == "mean_correction":
+        if not isinstance(value, bool):
+            raise ValueError(f"mean_correction: expected True or False, got {value!r}")
+        return value
+    if key == "stride":
+        if isinstance(value, bool) or value not in (8, 16):
+            raise ValueError(f"stride: expected 8 or 16, got {value!r}")
+        return int(value)
     number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
-    if key in ("flex_prefill_gamma", "flex_prefill_tau"):
-        zero_allowed = key == "flex_prefill_tau"
+    if key in ("flex_prefill_gamma", "flex_prefill_tau", "threshold", "alpha"):
+        zero_allowed = key in ("flex_prefill_tau", "alpha")
         if not (0 < number <= 1 or (zero_allowed and number == 0)):
             interval = "[0, 1]" if zero_allowed else "(0, 1]"
             raise ValueError(f"{key}: expected a number in {interval}, got {value!r}")

@@ -13,7 +13,17 @@ from typing import ClassVar, TypeAlias
 
 from flex_prefill import _core
 
-__all__ = ["Dense", "FlexPrefill", "Pattern", "StreamingLlm", "VerticalSlash"]
+__all__ = [
+    "Dense",
+    "FlashPrefill",
+    "FlexPrefill",
+    "MInference",
+    "MInferenceHead",
+    "Pattern",
+    "StreamingLlm",
+    "VerticalSlash",
+    "XAttention",
+]
 
 
 @dataclass(frozen=True)
@@ -89,15 +99,122 @@ class StreamingLlm:
         return [float(self.global_window), float(self.local_window)]
 
 
-Pattern: TypeAlias = Dense | FlexPrefill | VerticalSlash | StreamingLlm
+@dataclass(frozen=True)
+class XAttention:
+    """XAttention (arXiv 2503.16428): a block counts as the sum of its antidiagonals, and each query
+    block keeps the smallest set of blocks that reaches a share of its sum.
+
+    stride: tokens between the antidiagonals that are looked at, 8 or 16.
+    threshold: the share, in (0, 1].
+    """
+
+    stride: int = 16
+    threshold: float = 0.9
+
+    name: ClassVar[str] = "xattention"
+
+    def to_core(self) -> _core.Pattern:
+        return _core.Pattern.xattention(self.stride, self.threshold)
+
+    def values(self) -> list[float]:
+        return [float(self.stride), float(self.threshold)]
+
+
+@dataclass(frozen=True)
+class FlashPrefill:
+    """FlashPrefill (arXiv 2603.06199; the correction: arXiv 2608.19758): queries score the means of
+    the key blocks, and a query block keeps what reaches a share of its best block.
+
+    alpha: that share, in [0, 1]; 0 keeps everything.
+    global_window, local_window: the first keys, and the last keys of each query block, that are
+        always kept, in tokens and whole blocks; the second at least 1.
+    last_queries: the last queries of a call, in tokens, that keep everything.
+    mean_correction: blocks that are not kept count through the means of their keys and values.
+    """
+
+    alpha: float = 0.1
+    global_window: int = 256
+    local_window: int = 512
+    last_queries: int = 1024
+    mean_correction: bool = True
+
+    name: ClassVar[str] = "flash_prefill"
+
+    def to_core(self) -> _core.Pattern:
+        return _core.Pattern.flash_prefill(
+            self.alpha,
+            self.global_window,
+            self.local_window,
+            self.last_queries,
+            self.mean_correction,
+        )
+
+    def values(self) -> list[float]:
+        windows = (self.global_window, self.local_window, self.last_queries)
+        return [float(self.alpha), *map(float, windows), float(self.mean_correction)]
+
+
+@dataclass(frozen=True)
+class MInferenceHead:
+    """What one query head keeps under MInference; sizes are tokens, spent on whole blocks.
+
+    kind: "a_shape": the first ``vertical_size`` keys and the last ``slash_size`` of each query;
+        "vertical_slash": the best ``vertical_size`` keys and ``slash_size`` distances, by the
+        probe; "block_sparse": of each query block the best ``vertical_size`` keys, by block means.
+    """
+
+    kind: str
+    vertical_size: int
+    slash_size: int = 1
+
+    def to_values(self) -> tuple[int, int, int]:
+        if self.kind not in HEAD_KINDS:
+            raise ValueError(f"kind: expected one of {', '.join(HEAD_KINDS)}, got {self.kind!r}")
+        return HEAD_KINDS.index(self.kind), self.vertical_size, self.slash_size
+
+
+HEAD_KINDS = ("a_shape", "vertical_slash", "block_sparse")
+
+
+@dataclass(frozen=True)
+class MInference:
+    """MInference (arXiv 2407.02490): a pattern for each query head, ``[h_q]``, found beforehand for
+    each layer of a model (``flexprefill calibrate``)."""
+
+    heads: tuple[MInferenceHead, ...]
+
+    name: ClassVar[str] = "minference"
+
+    def to_core(self) -> _core.Pattern:
+        return _core.MInferencePattern([head.to_values() for head in self.heads])
+
+    def values(self) -> list[float]:
+        return [float(value) for head in self.heads for value in head.to_values()]
+
+
+Pattern: TypeAlias = (
+    Dense | FlexPrefill | VerticalSlash | StreamingLlm | XAttention | FlashPrefill | MInference
+)
+_KINDS = (Dense, FlexPrefill, VerticalSlash, StreamingLlm, XAttention, FlashPrefill, MInference)
 
 
 def check_pattern(pattern: object) -> None:
     """Raises TypeError for what is no pattern."""
-    if not isinstance(pattern, (Dense, FlexPrefill, VerticalSlash, StreamingLlm)):
-        raise TypeError(
-            f"pattern: expected Dense, FlexPrefill, VerticalSlash or StreamingLlm, got {pattern!r}"
+    if not isinstance(pattern, _KINDS):
+        names = ", ".join(kind.__name__ for kind in _KINDS)
+        raise TypeError(f"pattern: expected one of {names}, got {pattern!r}")
+
+
+def _minference_from_values(*values: float) -> MInference:
+    numbers = [int(value) for value in values]
+    return MInference(
+        tuple(
+            MInferenceHead(HEAD_KINDS[kind], vertical, slash)
+            for kind, vertical, slash in zip(
+                numbers[::3], numbers[1::3], numbers[2::3], strict=True
+            )
         )
+    )
 
 
 def _flex_prefill_from_values(
@@ -112,6 +229,11 @@ _FROM_VALUES: dict[str, Callable[..., Pattern]] = {
     FlexPrefill.name: _flex_prefill_from_values,
     VerticalSlash.name: lambda vertical, slash: VerticalSlash(int(vertical), int(slash)),
     StreamingLlm.name: lambda first, local: StreamingLlm(int(first), int(local)),
+    XAttention.name: lambda stride, threshold: XAttention(int(stride), threshold),
+    FlashPrefill.name: lambda alpha, first, local, last, mean: FlashPrefill(
+        alpha, int(first), int(local), int(last), bool(mean)
+    ),
+    MInference.name: _minference_from_values,
 }
 
 

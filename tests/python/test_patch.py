@@ -11,7 +11,7 @@ from typing import Any
 
 import flex_prefill
 import pytest
-from flex_prefill import UnsupportedError, get_config_example, patch_model, unpatch_model
+from flex_prefill import get_config_example, patch_model, unpatch_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -59,6 +59,18 @@ class TestConfigExample:
             "flex_prefill_tau": 0.1,
             "flex_prefill_min_budget": 1024,
             "flex_prefill_max_budget": None,
+        }
+
+        assert get_config_example("xattention") == {
+            "block_size": 128,
+            "stride": 16,
+            "threshold": 0.9,
+        }
+        assert get_config_example("flash_prefill")["alpha"] == 0.1
+        assert get_config_example("minfer") == {
+            "block_size": 128,
+            "model_type": None,
+            "path": None,
         }
 
     def test_is_the_callers_to_change(self):
@@ -263,11 +275,31 @@ class TestErrors:
         assert attention(model) == "sdpa"
         assert not hasattr(model.config, "flex_prefill")
 
-    def test_minfer_comes_later(self):
-        with pytest.raises(UnsupportedError, match="not available yet; available are default"):
-            patch_model(build(), "minfer", {"model_type": "llama"})
-        with pytest.raises(UnsupportedError, match="minfer"):
-            get_config_example("minfer")
+    @pytest.mark.parametrize(
+        ("pattern", "cfg", "message"),
+        [
+            ("xattention", {"stride": 12}, "stride: expected 8 or 16"),
+            ("xattention", {"threshold": 0}, r"threshold: .*\(0, 1\]"),
+            ("xattention", {"treshold": 0.5}, "did you mean 'threshold'"),
+            ("xatention", {}, "did you mean 'xattention'"),
+            ("flash_prefill", {"alpha": 2}, r"alpha: .*\[0, 1\]"),
+            ("flash_prefill", {"mean_correction": 1}, "mean_correction: expected True or False"),
+            ("minfer", {}, "flexprefill calibrate --model"),
+            ("minfer", {"model_type": "llama"}, "no file for model_type 'llama'.*calibrate"),
+            ("minfer", {"path": "no.json"}, "expected a file at no.json.*calibrate"),
+        ],
+    )
+    def test_other_patterns(self, pattern: str, cfg: Any, message: str):
+        with pytest.raises(ValueError, match=message):
+            patch_model(build(), pattern, cfg)
+
+    def test_minfer_file_of_another_model(self, tmp_path: Path):
+        path = tmp_path / "other.json"
+        path.write_text(json.dumps([{"0": ["stream_llm", 64, 64, 1.0]}] * 2))
+        model = build()
+        with pytest.raises(ValueError, match="is of another model"):
+            patch_model(model, "minfer", {"path": str(path)})
+        assert attention(model) == "sdpa"
 
     def test_limits_are_allowed(self):
         cfg = {"flex_prefill_gamma": 1, "flex_prefill_tau": 0, "flex_prefill_min_budget": 0}

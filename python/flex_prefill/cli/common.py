@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import importlib.metadata
 import json
@@ -17,10 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import flex_prefill
+from flex_prefill.minference import LayerPatterns
 from flex_prefill.patch import check_config, get_config_example, pattern_of
 from flex_prefill.patterns import Pattern
 
-PATTERNS = ("flex_prefill", "vertical_slash", "streaming_llm", "flash")
+PATTERNS = (
+    "flex_prefill",
+    "vertical_slash",
+    "streaming_llm",
+    "xattention",
+    "flash_prefill",
+    "minfer",
+    "flash",
+)
 DTYPES = ("float32", "float16", "bfloat16")
 _BUILTIN_MODEL = Path("models", "needle-7m")
 
@@ -51,10 +61,24 @@ def positive(text: str) -> int:
     return value
 
 
+def _pattern_name(text: str) -> str:
+    if text not in PATTERNS:
+        nearest = difflib.get_close_matches(text, PATTERNS, n=1, cutoff=0.5)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise argparse.ArgumentTypeError(
+            f"expected one of {', '.join(PATTERNS)}, got {text!r}{hint}"
+        )
+    return text
+
+
 def add_pattern_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("pattern")
     group.add_argument(
-        "--pattern", choices=PATTERNS, default="flex_prefill", help="default: %(default)s"
+        "--pattern",
+        type=_pattern_name,
+        default="flex_prefill",
+        metavar="NAME",
+        help=f"{', '.join(PATTERNS)} (default: %(default)s)",
     )
     group.add_argument(
         "--gamma", type=float, help="share of the attention to cover (flex_prefill; default 0.9)"
@@ -74,6 +98,9 @@ def pattern_config(args: argparse.Namespace) -> dict[str, Any]:
     cfg: dict[str, Any] = {}
     for pair in args.cfg:
         key, separator, value = pair.partition("=")
+        if key in ("path", "model_type") and separator:
+            cfg[key] = value
+            continue
         try:
             cfg[key] = json.loads(value)
         except ValueError:
@@ -95,6 +122,11 @@ def pattern_config(args: argparse.Namespace) -> dict[str, Any]:
 def pattern_from(args: argparse.Namespace) -> tuple[Pattern, int]:
     """The pattern and the block size that the arguments ask for."""
     pattern, block_size = pattern_of(args.pattern, pattern_config(args))
+    if isinstance(pattern, LayerPatterns):
+        # A layer's, where there is a model; the first where there is none.
+        layer = getattr(args, "layer", None) or 0
+        heads = pattern.layers[0].heads
+        pattern = pattern.of(layer, getattr(args, "heads", len(heads)))
     return pattern, block_size
 
 

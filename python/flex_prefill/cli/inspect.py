@@ -95,6 +95,8 @@ def run(args: argparse.Namespace) -> None:
     config = model.config.get_text_config()
     layer = config.num_hidden_layers // 2 if args.layer is None else args.layer
     _check_range("--layer", layer, config.num_hidden_layers)
+    args.layer = layer
+    pattern = pattern_from(args)[0]  # minfer has another for each layer
     for head in args.head or ():
         _check_range("--head", head, config.num_attention_heads)
     prompt = make_prompt(args, tokenizer)
