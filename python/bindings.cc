@@ -183,14 +183,20 @@ size_t call_prefill_workspace_size(const Call& call, const Pattern& pattern) {
   return prefill_workspace_size(call.input, pattern, call.execution);
 }
 
-BlockIndex call_select(const Call& call, const Pattern& pattern, std::optional<AuditArray> audit) {
+size_t call_select_workspace_size(const Call& call, const Pattern& pattern) {
+  const DeviceGuard guard(call.device);
+  return select_workspace_size(call.input, pattern, call.execution);
+}
+
+BlockIndex call_select(const Call& call, const Pattern& pattern, std::optional<AuditArray> audit,
+                       const std::optional<Scratch>& scratch) {
   std::vector<HeadAudit> heads = audit_storage(audit);
   BlockIndex index;
   {
     nb::gil_scoped_release released;
-    WorkspaceBuffer buffer;
-    const Workspace workspace =
-        buffer.reserve(select_workspace_size(call.input, pattern, call.execution));
+    const DeviceGuard guard(call.device);
+    const CallWorkspace workspace(
+        scratch, [&] { return select_workspace_size(call.input, pattern, call.execution); });
     select(call.input, pattern, call.execution, workspace, index, heads);
   }
   if (audit) write_audit(heads, audit->data());
@@ -466,7 +472,8 @@ NB_MODULE(_core, m) {
   m.def("prefill", &call_prefill, "call"_a, "pattern"_a, "out"_a, "lse"_a.none(), "audit"_a.none(),
         "scratch"_a = nb::none());
   m.def("prefill_workspace_size", &call_prefill_workspace_size, "call"_a, "pattern"_a);
-  m.def("select", &call_select, "call"_a, "pattern"_a, "audit"_a.none());
+  m.def("select", &call_select, "call"_a, "pattern"_a, "audit"_a.none(), "scratch"_a = nb::none());
+  m.def("select_workspace_size", &call_select_workspace_size, "call"_a, "pattern"_a);
   m.def("attend", &call_attend, "call"_a, "index"_a.none(), "out"_a, "lse"_a.none(),
         "scratch"_a = nb::none());
   m.def("attend_workspace_size", &call_attend_workspace_size, "call"_a);
@@ -494,6 +501,7 @@ NB_MODULE(_core, m) {
       },
       "device"_a, "stream"_a);
   m.def("cuda_info", &cuda_info_dict);
+  m.attr("CUDA_BUILT") = kCudaBuilt;
 
   m.def("version", &version);
   m.def("supported_cpu_targets", [] {

@@ -9,6 +9,12 @@
 
 namespace flexprefill {
 
+#if defined(FLEXPREFILL_PYTHON_CUDA)
+constexpr bool kCudaBuilt = true;
+#else
+constexpr bool kCudaBuilt = false;
+#endif
+
 struct CudaDevice {
   std::string name;
   int32_t major = 0, minor = 0;  // compute capability
@@ -23,7 +29,7 @@ struct CudaInfo {
   std::string error;    // why there are no devices, in the runtime's words
   std::vector<CudaDevice> devices;
 };
-CudaInfo cuda_info();
+CudaInfo cuda_info();  // asks the driver: milliseconds
 
 // Makes `device` the thread's current device for its lifetime; -1 leaves everything as it is.
 class DeviceGuard {

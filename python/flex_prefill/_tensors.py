@@ -73,9 +73,14 @@ def device_of(tensor: Tensor, name: str) -> Device:
     return Device("cuda", int(number or 0))
 
 
+def has_stream(tensor: Tensor) -> bool:
+    """Whether the tensor's framework has a current stream, on which a GPU call leaves results."""
+    return is_torch(tensor) or is_cupy(tensor)
+
+
 def check_cuda(name: str, device: Device) -> None:
     """Refuses a tensor on a GPU where this build has no backend for it."""
-    if device.kind == "cuda" and not _core.cuda_info()["built"]:
+    if device.kind == "cuda" and not _core.CUDA_BUILT:
         raise _core.UnsupportedError(
             f"{name}: expected a tensor in CPU memory, got one on {device} (this build has no CUDA "
             "backend: install where nvcc is found, or with "
@@ -101,7 +106,7 @@ def current_stream(like: Tensor, device: Device) -> int:
 
 def finish_stream(like: Tensor, device: Device, stream: int) -> None:
     """Waits for results whose framework does not know the stream that they were written on."""
-    if device.kind == "cuda" and not is_torch(like) and not is_cupy(like):
+    if device.kind == "cuda" and not has_stream(like):
         _core.wait_for_stream(device.number, stream)
 
 

@@ -56,6 +56,7 @@ from flex_prefill._tensors import (
     Tensor,
     borrow,
     exported,
+    has_stream,
     is_cupy,
     is_torch,
     make_empty,
@@ -311,8 +312,8 @@ def select(
     """Decides, per head, which blocks matter: a BlockIndex, or ``(BlockIndex, Audit)``.
 
     A sequence with ``s_q <= block_size``, or ``s_kv <= max(2 * block_size, min_budget)`` rounded up
-    to blocks, keeps every causal block. On a GPU the index stays there: see BlockIndex. Keywords,
-    layouts and errors: see the module.
+    to blocks, keeps every causal block. Of torch's and CuPy's tensors on a GPU the index stays
+    there: see BlockIndex. Keywords, layouts and errors: see the module.
     """
     _check_rank(q)
     check_pattern(pattern)
@@ -333,10 +334,14 @@ def select(
     )
     rows = np.empty(audit_shape(q, cu_seqlens_q), np.float32) if audit else None
     core_pattern = pattern.to_core()
-    if call.device.kind == "cuda":
+    if call.device.kind == "cuda" and has_stream(q):
         index = _select_on_device(call, core_pattern, rows)
     else:
-        index = BlockIndex._wrap(_core.select(call.core, core_pattern, rows))
+        core_index = call.run(
+            lambda: _core.select_workspace_size(call.core, core_pattern),
+            lambda scratch: _core.select(call.core, core_pattern, rows, scratch),
+        )
+        index = BlockIndex._wrap(core_index)
     return index if rows is None else (index, Audit.from_rows(rows))
 
 

@@ -252,7 +252,7 @@ def _computes_on(device: torch.device) -> bool:
         return device.type == "cpu"
     return (
         torch.version.cuda is not None
-        and bool(_core.cuda_info()["built"])
+        and _core.CUDA_BUILT
         and torch.cuda.get_device_capability(device) >= (8, 0)
     )
 
