@@ -37,6 +37,23 @@ struct TokenMask {
   }
 };
 
+// What one query sees of the keys from some first key on, by their offset: for the loops that ask
+// for every score of a tile.
+struct SeenOffsets {
+  int32_t last, before_local, global;
+
+  __host__ __device__ SeenOffsets(const TokenMask& mask, int32_t query, int32_t first_key)
+      : last(query < first_key ? -1 : query - first_key),
+        before_local(last - mask.local_window),
+        global(mask.global_window - first_key) {}
+
+  // Without branches. offset >= 0.
+  __host__ __device__ bool sees(int32_t offset) const {
+    const bool in_window = (offset < global) | (offset > before_local);
+    return (offset <= last) & in_window;
+  }
+};
+
 }  // namespace flexprefill
 
 #endif  // FLEXPREFILL_SRC_ATTEND_MASK_CUH_

@@ -14,6 +14,14 @@
 
 namespace flexprefill {
 
+// threadIdx.x, read anew by every call: a compiler keeps what follows from it over a loop where
+// registers are better spent on something else.
+__device__ inline int32_t fresh_thread() {
+  int32_t thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // The address of a pointer into shared memory.
 __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
