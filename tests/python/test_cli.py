@@ -232,6 +232,50 @@ def test_inspect_spreads_over_the_densities() -> None:
     assert inspect_command._spread(density[:2]) == [1, 0]
 
 
+def test_calibrate_writes_patterns_that_a_model_takes(model_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    assert (
+        main(
+            f"calibrate --model {model_folder} --tokens 700 --budget 128 --block-size 32 "
+            f"--samples 1 --dtype float32 --out {out}".split()
+        )
+        == 0
+    )
+    report = json.loads((tmp_path / "found.evidence.json").read_text())
+    found = json.loads(out.read_text())
+    assert not list(tmp_path.glob("*.part"))
+    assert len(found) == len(report["layers"])
+    for layer, heads in zip(found, report["layers"], strict=True):
+        for h, head in enumerate(heads):
+            figures = np.array(head["candidates"])
+            assert head["best"] == figures[:, 0].argmin()
+            assert ((figures[:, 1:] > 0) & (figures[:, 1:] <= 1 + 1e-5)).all()
+            assert layer[str(h)][3] == pytest.approx(1 - figures[head["best"], 0], abs=1e-4)
+    model = common.load_model(model_folder, torch.float32)[0]
+    cfg = {"path": str(out), "block_size": 32}
+    flex_prefill.patch_model(model, "minfer", cfg)
+    with torch.inference_mode(), flex_prefill.collect_audits() as audits:
+        model(torch.arange(700)[None] % 50)
+    kinds = {"a_shape": "streaming"}
+    for layer, audit in audits:
+        expected = [
+            kinds.get(kind := report["candidates"][head["best"]][0], kind)
+            for head in report["layers"][layer]
+        ]
+        assert audit.pattern[0].tolist() == expected
+
+
+def test_calibrate_refuses_a_budget_that_keeps_everything(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = f"calibrate --model {model_folder} --tokens 700 --budget 600 --out {tmp_path}/a.json"
+    with pytest.raises(SystemExit) as caught:
+        main(command.split())
+    assert caught.value.code == 2
+    assert "at least 1200" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = run_json("info", tmp_path / "info.json")
     assert report["version"] == flex_prefill.__version__
@@ -240,7 +284,7 @@ def test_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert flex_prefill.__version__ in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["demo", "bench", "inspect", "info"])
+@pytest.mark.parametrize("command", ["demo", "bench", "inspect", "calibrate", "info"])
 def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
@@ -259,6 +303,8 @@ def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -
         (["bench", "--peers", "torch,flash"], "'flash'"),
         (["bench", "--gamma", "1.5"], "gamma"),
         (["bench", "--gamma", "nan"], "gamma"),
+        (["bench", "--pattern", "xatention"], "did you mean xattention"),
+        (["bench", "--pattern", "minfer", "--cfg", "model_type=llama"], "flexprefill calibrate"),
         (["bench", "--cfg", "flex_prefill_gama=0.9"], "flex_prefill_gamma"),
         (["bench", "--cfg", "block_size"], "no '='"),
         (["bench", "--pattern", "flash", "--gamma", "0.9"], "flash has none"),

@@ -1,4 +1,4 @@
-"""The command line: ``flexprefill demo | bench | inspect | info``.
+"""The command line: ``flexprefill demo | bench | inspect | calibrate | info``.
 
 Exit code 0: done; 1: failed, with one line that says what and how to mend it; 2: bad usage.
 """
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import flex_prefill
 import flex_prefill.cli.bench as bench
+import flex_prefill.cli.calibrate as calibrate
 import flex_prefill.cli.demo as demo
 import flex_prefill.cli.info as info
 import flex_prefill.cli.inspect as inspect
@@ -19,7 +20,7 @@ from flex_prefill.cli.common import CommandError
 
 __all__ = ["main"]
 
-_COMMANDS = {"demo": demo, "bench": bench, "inspect": inspect, "info": info}
+_COMMANDS = {"demo": demo, "bench": bench, "inspect": inspect, "calibrate": calibrate, "info": info}
 
 
 def make_parser() -> argparse.ArgumentParser:
