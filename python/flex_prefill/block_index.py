@@ -109,6 +109,10 @@ class BlockIndex:
         """
         if (device := device_of(indptr, "index: indptr")).kind == "cuda":
             check_device(indices, "index: indices", device)
+            if mean_correction:
+                raise _core.UnsupportedError(
+                    "index: mean_correction: expected rows on the CPU, got an index on a GPU"
+                )
             self._host, self._rows = (
                 None,
                 DeviceRows(

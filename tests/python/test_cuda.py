@@ -108,7 +108,7 @@ def test_packed_paged_and_chunked():
     paged = fp.prefill(q, pages_k, pages_v, pattern, page_table=table, seqlens_kv=[1024])
     torch.testing.assert_close(paged, whole, rtol=0, atol=0)
     chunk = fp.prefill(q[:, -300:], k, v, fp.Dense())
-    torch.testing.assert_close(chunk, fp.prefill(q, k, v, fp.Dense())[:, -300:])
+    close(chunk, fp.prefill(q, k, v, fp.Dense())[:, -300:], torch.bfloat16)
     with pytest.raises(
         ValueError, match=r"page_table: expected int32 in CUDA memory, got torch\.int64"
     ):
@@ -156,10 +156,12 @@ def test_another_stream():
 def test_nothing_waits():
     tensors = inputs(s=4096)
     fp.attend(*tensors, fp.select(*tensors[:2]))
+    fp.attend(*tensors)
+    fp.prefill(*tensors)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        torch.cuda._sleep(200_000_000)
+        torch.cuda._sleep(1_000_000_000)  # half a second
         done = torch.cuda.Event()
         done.record()
         fp.prefill(*tensors)
