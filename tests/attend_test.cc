@@ -212,11 +212,15 @@ TEST_P(AttendOn, SoftmaxScaleIsUsed) {
 TEST_P(AttendOn, NonFiniteValuesStayWhereTheyBelong) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   const float inf = std::numeric_limits<float>::infinity();
-  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+  using Kind = std::pair<DType, int32_t>;  // and block size
+  for (const auto& [dtype, block_size] : {Kind{DType::kFloat32, 64}, Kind{DType::kBFloat16, 64},
+                                          Kind{DType::kFloat16, 64}, Kind{DType::kBFloat16, 128}}) {
     if (!takes(GetParam(), dtype)) continue;
     for (const float bad : {nan, inf, -inf}) {
       for (const char tensor : {'q', 'k', 'v'}) {
-        CaseData data(small_case(dtype));
+        Case c = small_case(dtype);
+        c.block_size = block_size;
+        CaseData data(c);
         if (tensor == 'q') data.set_q(0, 100, 0, 5, bad);
         if (tensor == 'k') data.set_k(0, 150, 0, 5, bad);
         if (tensor == 'v') data.set_v(0, 150, 0, 5, bad);

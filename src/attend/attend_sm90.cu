@@ -110,7 +110,7 @@ void attend_sm90(const DeviceProblem& device_problem, const Problem& problem,
     params.kv_box_rows = problem.page_table == nullptr
                              ? Shape::kTileKv
                              : std::gcd(device_problem.page_size, Shape::kTileKv);
-    params.q_map = tensor_map(problem.q_view, problem.d_qk, Shape::kTileQ);
+    params.q_map = tensor_map(problem.q_view, problem.d_qk, Shape::kQBoxRows);
     params.k_map = tensor_map(problem.k_view, problem.d_qk, params.kv_box_rows);
     params.v_map = tensor_map(problem.v_view, problem.d_v, params.kv_box_rows);
     make_work_order(device_problem, rows, params.order, execution.stream);

@@ -40,7 +40,7 @@ class Computer {
   __device__ void run() {
     if (kTurns && warpgroup_ == 1) sm90::named_barrier_arrive(kTurnOf0, kTurnThreads);
     for (uint32_t n = 0;; ++n) {
-      sm90::barrier_wait(&shared_.q_full, n & 1);
+      sm90::barrier_wait(&shared_.q_full[warpgroup_], n & 1);
       const WorkTile& work = shared_.work[n % WorkTile::kSlots];
       const int32_t tiles = work.tiles;
       if (tiles == WorkTile::kNoWork) break;
@@ -49,7 +49,7 @@ class Computer {
 #pragma unroll
       for (float& element : o_) element = 0;
       if (tiles == 0) {
-        warp_arrive(&shared_.q_empty);
+        warp_arrive(&shared_.q_empty[warpgroup_]);
       } else {
         attend_row(work, tiles);
       }
@@ -76,7 +76,7 @@ class Computer {
     sm90::wgmma_wait<0>();
     sm90::wgmma_pin(s);
     warp_arrive(&shared_.k_empty[ring_.stage]);
-    if (tiles == 1) warp_arrive(&shared_.q_empty);
+    if (tiles == 1) warp_arrive(&shared_.q_empty[warpgroup_]);
     weigh(s, work, tile, rescale);
     pack(s, p);
 
@@ -95,7 +95,7 @@ class Computer {
       sm90::wgmma_wait<1>();
       sm90::wgmma_pin(s);
       warp_arrive(&shared_.k_empty[ring_.stage]);
-      if (i + 1 == tiles) warp_arrive(&shared_.q_empty);
+      if (i + 1 == tiles) warp_arrive(&shared_.q_empty[warpgroup_]);
       const bool moved = weigh(s, work, tile, rescale);
       sm90::wgmma_pin(s);
       // That phase is over; but unless a branch needs the sums, which are never negative, ptxas

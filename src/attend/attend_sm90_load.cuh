@@ -92,23 +92,28 @@ class Loader {
   }
 
   __device__ void load_q() {
-    sm90::barrier_wait(&shared_.q_empty, (rows_ & 1) ^ 1);
-    if (lane_ == 0) {
-      const WorkTile& work = shared_.work[rows_ % WorkTile::kSlots];
-      if (work.tiles == 0) {
-        sm90::barrier_arrive(&shared_.q_full);
-      } else {
-        sm90::barrier_arrive_expect(&shared_.q_full, Shape::kQBytes);
 #pragma unroll 1
-        for (int c = 0; c < Shape::kDimQk / sm90::kChunkColumns; ++c) {
-          sm90::tma_load(&params_.q_map, &shared_.q_full,
-                         shared_.q + c * Shape::kTileQ * sm90::kChunkColumns,
-                         c * sm90::kChunkColumns, work.q_map_row, work.head, work.q_map_sequence);
-        }
-      }
+    for (int w = 0; w < Shape::kWarpgroups; ++w) {
+      sm90::barrier_wait(&shared_.q_empty[w], (rows_ & 1) ^ 1);
+      if (lane_ == 0) load_q_of(w, shared_.work[rows_ % WorkTile::kSlots]);
     }
     __syncwarp();
     ++rows_;
+  }
+
+  __device__ void load_q_of(int warpgroup, const WorkTile& work) {
+    if (work.tiles == 0) {
+      sm90::barrier_arrive(&shared_.q_full[warpgroup]);
+      return;
+    }
+    sm90::barrier_arrive_expect(&shared_.q_full[warpgroup], Shape::kQBytes / Shape::kWarpgroups);
+    const int row = warpgroup * Shape::kQBoxRows;
+#pragma unroll 1
+    for (int c = 0; c < Shape::kDimQk / sm90::kChunkColumns; ++c) {
+      sm90::tma_load(&params_.q_map, &shared_.q_full[warpgroup],
+                     shared_.q + (c * Shape::kTileQ + row) * sm90::kChunkColumns,
+                     c * sm90::kChunkColumns, work.q_map_row + row, work.head, work.q_map_sequence);
+    }
   }
 
   // With the row's Q between K and V, if asked for.
@@ -160,11 +165,11 @@ class Loader {
 
   // Tells the others that there is no more.
   __device__ void finish() {
-    sm90::barrier_wait(&shared_.q_empty, (rows_ & 1) ^ 1);
+    for (sm90::Barrier& empty : shared_.q_empty) sm90::barrier_wait(&empty, (rows_ & 1) ^ 1);
     sm90::barrier_wait(&shared_.v_empty[ring_.stage], ring_.parity ^ 1);
     if (lane_ == 0) {
       shared_.work[rows_ % WorkTile::kSlots].tiles = WorkTile::kNoWork;
-      sm90::barrier_arrive(&shared_.q_full);
+      for (sm90::Barrier& full : shared_.q_full) sm90::barrier_arrive(&full);
       shared_.value_tile[ring_.stage].keys = ValueTile::kNoMore;
       sm90::barrier_arrive(&shared_.v_full[ring_.stage]);
     }

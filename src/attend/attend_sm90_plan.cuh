@@ -30,6 +30,7 @@ struct AttendShape {
   static constexpr int kBarrierBytes = 1024;  // more than all that is not q, k or v
   static constexpr int kStreamBytes = 232448 / kStreams / 1024 * 1024 - kBarrierBytes;
   static constexpr int kQBytes = kTileQ * kDimQk * 2;
+  static constexpr int kQBoxRows = 64;  // of a warpgroup
   static constexpr int kStageBytes = kTileKv * (kDimQk + kDimV) * 2;
   static constexpr int kMostStages = (kStreamBytes - kQBytes) / kStageBytes;
   static constexpr int kStages = kMostStages < 4 ? kMostStages : 4;
@@ -75,7 +76,8 @@ struct StreamShared {
   alignas(1024) uint16_t k[Shape::kStages][Shape::kTileKv * Shape::kDimQk];
   alignas(1024) uint16_t v[Shape::kStages][Shape::kTileKv * Shape::kDimV];
   alignas(16) WorkTile work[WorkTile::kSlots];  // in turn, published by q_full
-  sm90::Barrier q_full, q_empty;
+  // Of each warpgroup's 64 rows: the one that is ahead gets its next rows earlier.
+  sm90::Barrier q_full[Shape::kWarpgroups], q_empty[Shape::kWarpgroups];
   sm90::Barrier k_full[Shape::kStages], k_empty[Shape::kStages];
   sm90::Barrier v_full[Shape::kStages], v_empty[Shape::kStages];
   sm90::Barrier v_checked[Shape::kStages];  // of masked tiles only
@@ -87,8 +89,10 @@ struct StreamShared {
 
   __device__ void init() {
     constexpr uint32_t kWarps = Shape::kWarpgroups * 4;
-    sm90::barrier_init(&q_full, 1);
-    sm90::barrier_init(&q_empty, kWarps);
+    for (int warpgroup = 0; warpgroup < Shape::kWarpgroups; ++warpgroup) {
+      sm90::barrier_init(&q_full[warpgroup], 1);
+      sm90::barrier_init(&q_empty[warpgroup], 4);
+    }
     for (int stage = 0; stage < Shape::kStages; ++stage) {
       sm90::barrier_init(&k_full[stage], 1);
       sm90::barrier_init(&k_empty[stage], kWarps);
