@@ -5,21 +5,26 @@ option(FLEXPREFILL_CUDA_EMULATOR
   "Build the CUDA backends for a device in software (tests/cuda_emulator), to test them" OFF)
 
 # Every card from compute capability 8.0 on; the PTX is for cards that came later.
-set(FLEXPREFILL_CUDA_ARCHITECTURES 80-real 86-real 89 90a-real CACHE STRING
+set(FLEXPREFILL_CUDA_ARCHITECTURES 80 86-real 89-real 90a-real CACHE STRING
   "Cards to compile for; fewer compile faster. The Hopper kernel is always compiled for 90a")
 set(flexprefill_cuda_sources src/cuda/device_index.cu src/cuda/device_problem.cu)
 set(flexprefill_cuda_definitions "")
 # What needs wgmma and TMA.
 set(flexprefill_sm90_architectures 90a-real)
 set(flexprefill_sm90_sources "")
-foreach(part select/select_cuda attend/attend_sm80)
-  if(EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/src/${part}.cu)
-    list(APPEND flexprefill_cuda_sources src/${part}.cu)
-    get_filename_component(name ${part} NAME)
-    string(TOUPPER FLEXPREFILL_HAS_${name} name)
-    list(APPEND flexprefill_cuda_definitions ${name})
-  endif()
-endforeach()
+# Cards of 8.6 and 8.9 run select's code for 8.0: compiled for them, it lacks a register.
+string(REGEX REPLACE "8[1-9]" "80" flexprefill_select_architectures
+  "${FLEXPREFILL_CUDA_ARCHITECTURES}")
+list(REMOVE_DUPLICATES flexprefill_select_architectures)
+if("80" IN_LIST flexprefill_select_architectures)
+  list(REMOVE_ITEM flexprefill_select_architectures 80-real)
+endif()
+set(flexprefill_select_sources src/select/select_cuda.cu)
+list(APPEND flexprefill_cuda_definitions FLEXPREFILL_HAS_SELECT_CUDA)
+if(EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/src/attend/attend_sm80.cu)
+  list(APPEND flexprefill_cuda_sources src/attend/attend_sm80.cu)
+  list(APPEND flexprefill_cuda_definitions FLEXPREFILL_HAS_ATTEND_SM80)
+endif()
 if(EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/src/attend/attend_sm90.cu)
   list(APPEND flexprefill_sm90_sources src/attend/attend_sm90.cu src/attend/attend_sm90_d64.cu
     src/attend/attend_sm90_d128.cu src/attend/attend_sm90_d192.cu src/attend/attend_sm90_d256.cu)
@@ -29,7 +34,7 @@ endif()
 # As on the host, a product and a sum of select round separately; where they may be fused, it says
 # fmaf.
 if(NOT FLEXPREFILL_CUDA_EMULATOR)
-  set_source_files_properties(src/select/select_cuda.cu PROPERTIES COMPILE_OPTIONS -fmad=false)
+  set_source_files_properties(${flexprefill_select_sources} PROPERTIES COMPILE_OPTIONS -fmad=false)
 endif()
 
 set(flexprefill_with_cuda OFF)
