@@ -55,6 +55,8 @@ uint32_t random_below(uint32_t bound);
 
 // The running thread.
 int thread_number();  // in its block
+bool in_thread();     // or else the scheduler or the host runs
+Where last_place();   // the meeting point that it came to last
 inline int lane_number() { return thread_number() % 32; }
 
 // ---- Meeting points
@@ -102,8 +104,14 @@ void wait_until(const char* what, std::function<bool()> condition, Where where);
 // poisoned by the caller.
 void land_later(std::function<void()> land);
 
-// ---- Shared memory: addresses as kernels see them, 32 bits wide
+// ---- Shared memory (shared_memory.cc)
 
+std::byte* map_memory(size_t bytes);
+void reserve_shared_memory(size_t bytes);  // of a grid
+void start_shared_memory(int threads);     // of a block
+bool shared_guards_are_whole();
+
+// Addresses are those that kernels see, 32 bits wide.
 std::byte* shared_memory();
 uint32_t shared_address(const void* pointer, size_t bytes, size_t alignment, const char* what,
                         Where where);

@@ -234,7 +234,7 @@ __global__ void divergent() {
 TEST(Emulator, MistakesAreNamed) {
   EXPECT_FAILS(launch(half_at_the_barrier, 1, 64, 0, nullptr), "no thread can go on");
   EXPECT_FAILS(launch(half_the_warp, 1, 32, 0, nullptr), "__shfl_sync");
-  EXPECT_FAILS(launch(beyond_shared_memory, 1, 64, 32, nullptr), "beyond its 32 bytes");
+  EXPECT_FAILS(launch(beyond_shared_memory, 1, 64, 32, nullptr), "beyond its shared memory");
   EXPECT_FAILS(launch(divergent, 1, 32, 0, nullptr), "different instructions");
 }
 

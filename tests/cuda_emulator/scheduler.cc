@@ -54,13 +54,7 @@ constexpr size_t kStackBytes = 128 << 10;
 constexpr size_t kPage = 4096;
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxWarps = kMaxThreads / 32;
-constexpr size_t kMaxSharedBytes = 227 << 10;  // of any device
 constexpr int kBarriers = 16;
-// Where shared memory starts in its 32-bit window: the device keeps the first KiB.
-constexpr uint32_t kSharedBase = 1024;
-// Behind the kernel's shared memory; a write there is found when the block ends.
-constexpr size_t kSharedGuard = 1024;
-
 struct Fiber {
   void* stack_pointer = nullptr;
   Index3 index;
@@ -112,12 +106,7 @@ struct Failure {};
 // Everything of the one grid that runs.
 struct Device {
   std::byte* stacks = nullptr;
-  std::byte* shared_region = nullptr;  // kSharedBytes and a guard page on both sides
-  std::byte* shared = nullptr;
-  std::vector<std::byte> async_view;  // shared memory as the asynchronous proxy sees it
-  size_t shared_bytes = 0;
   Block block;
-  Races races;
   int current = 0;
   void* scheduler_stack_pointer = nullptr;
   const std::function<void()>* body = nullptr;
@@ -129,15 +118,6 @@ struct Device {
 };
 Device device;
 std::mutex one_grid;
-
-constexpr size_t kSharedRegion = (kMaxSharedBytes + 2 * kSharedGuard + kPage - 1) / kPage * kPage;
-
-std::byte* map_memory(size_t bytes) {
-  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) throw std::bad_alloc();
-  return static_cast<std::byte*>(memory);
-}
 
 std::string number3(Index3 index) {
   return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
@@ -190,7 +170,7 @@ void release(Barrier& barrier) {
   if (&barrier == device.block.barriers.data()) device.block.last_count = barrier.predicates;
   for (const int thread : barrier.waiting) {
     make_ready(thread);
-    device.races.acquire(thread, barrier.clock);
+    races().acquire(thread, barrier.clock);
   }
   barrier = {};
 }
@@ -326,9 +306,7 @@ void run_block() {
     make_ready(t);
   }
   for (Warp& warp : block.warps) warp.priority = device.random();
-  std::fill_n(device.shared - kSharedGuard, device.shared_bytes + 2 * kSharedGuard, kPoison);
-  device.async_view.assign(device.shared_bytes, kPoison);
-  device.races.start_block(threads, device.shared_bytes);
+  start_shared_memory(threads);
   while (block.live > 0 && !device.failed) {
     if (!block.landing.empty() && random_below(16) == 0) land_one();
     const int warp = pick_warp();
@@ -341,14 +319,9 @@ void run_block() {
       device.error = "block " + number3(block_index) + ": no thread can go on:" + where_all_wait();
     }
   }
-  const auto untouched = [](std::byte byte) { return byte == kPoison; };
-  if (!device.failed &&
-      !(std::all_of(device.shared - kSharedGuard, device.shared, untouched) &&
-        std::all_of(device.shared + device.shared_bytes,
-                    device.shared + device.shared_bytes + kSharedGuard, untouched))) {
+  if (!device.failed && !shared_guards_are_whole()) {
     device.failed = true;
-    device.error = "block " + number3(block_index) + " wrote beyond its " +
-                   std::to_string(device.shared_bytes) + " bytes of shared memory";
+    device.error = "block " + number3(block_index) + " wrote beyond its shared memory";
   }
 }
 
@@ -365,9 +338,6 @@ void set_up() {
   for (int t = 0; t < kMaxThreads; ++t) {
     mprotect(device.stacks + t * kStackBytes, kPage, PROT_NONE);
   }
-  device.shared_region = map_memory(kSharedRegion + 2 * kPage) + kPage;
-  mprotect(device.shared_region - kPage, kPage, PROT_NONE);
-  mprotect(device.shared_region + kSharedRegion, kPage, PROT_NONE);
   stack_t alternate{};
   alternate.ss_sp = map_memory(1 << 16);
   alternate.ss_size = 1 << 16;
@@ -378,11 +348,6 @@ void set_up() {
   sigaction(SIGSEGV, &action, nullptr);
 }
 
-size_t shared_bytes_limit() {
-  const int version = settings().major * 10 + settings().minor;
-  return version == 90 ? kMaxSharedBytes : version == 80 ? 163 << 10 : 99 << 10;
-}
-
 bool running() { return device.running; }
 
 uint32_t random_below(uint32_t bound) {
@@ -390,6 +355,10 @@ uint32_t random_below(uint32_t bound) {
 }
 
 int thread_number() { return device.current; }
+
+bool in_thread() { return device.in_thread; }
+
+Where last_place() { return device.block.fibers[device.current].where; }
 
 void run_grid(Index3 grid, Index3 block, size_t shared_bytes, const std::function<void()>& body) {
   const std::lock_guard<std::mutex> lock(one_grid);
@@ -405,9 +374,7 @@ void run_grid(Index3 grid, Index3 block, size_t shared_bytes, const std::functio
   grid_size = grid;
   block_size = block;
   device.random.seed(settings().seed);
-  device.shared_bytes = shared_bytes;
-  const size_t room = (shared_bytes + 1023) / 1024 * 1024;
-  device.shared = device.shared_region + (kSharedRegion - kSharedGuard - room) / 1024 * 1024;
+  reserve_shared_memory(shared_bytes);
   device.body = &body;
   device.failed = false;
   device.running = true;
@@ -476,10 +443,10 @@ void sync_warp(uint32_t mask, Where where) {
       [mask](int* const* threads) {
         Races::Clock clock;
         for (uint32_t rest = mask; rest != 0; rest &= rest - 1) {
-          device.races.release(*threads[__builtin_ctz(rest)], clock);
+          races().release(*threads[__builtin_ctz(rest)], clock);
         }
         for (uint32_t rest = mask; rest != 0; rest &= rest - 1) {
-          device.races.acquire(*threads[__builtin_ctz(rest)], clock);
+          races().acquire(*threads[__builtin_ctz(rest)], clock);
         }
       },
       where);
@@ -522,11 +489,11 @@ void barrier(unsigned number, unsigned threads, bool wait, Where where) {
   }
   barrier.expected = threads;
   ++barrier.arrived;
-  device.races.release(device.current, barrier.clock);
+  races().release(device.current, barrier.clock);
   const bool complete =
       barrier.arrived == (threads == 0 ? static_cast<unsigned>(device.block.live) : threads);
   if (complete) {
-    if (wait) device.races.acquire(device.current, barrier.clock);
+    if (wait) races().acquire(device.current, barrier.clock);
     release(barrier);
   } else if (wait) {
     barrier.waiting.push_back(device.current);
@@ -553,78 +520,7 @@ void wait_until(const char* what, std::function<bool()> condition, Where where) 
 
 void land_later(std::function<void()> land) { device.block.landing.push_back(std::move(land)); }
 
-std::byte* shared_memory() { return device.shared; }
-
-uint32_t shared_address(const void* pointer, size_t bytes, size_t alignment, const char* what,
-                        Where where) {
-  const auto offset = static_cast<const std::byte*>(pointer) - device.shared;
-  if (offset < 0 || static_cast<size_t>(offset) + bytes > device.shared_bytes) {
-    fail(std::string(what) + ": byte " + std::to_string(offset) + " of " +
-             std::to_string(device.shared_bytes) + " bytes of shared memory",
-         where);
-  }
-  const auto address = static_cast<uint32_t>(offset) + kSharedBase;
-  if (address % alignment != 0) {
-    fail(std::string(what) + ": shared address " + std::to_string(address) +
-             " is not a multiple of " + std::to_string(alignment),
-         where);
-  }
-  return address;
-}
-
-std::byte* shared_pointer(uint32_t address, size_t bytes, size_t alignment, const char* what,
-                          Where where) {
-  std::byte* pointer = device.shared + (static_cast<int64_t>(address) - kSharedBase);
-  shared_address(pointer, bytes, alignment, what, where);
-  return pointer;
-}
-
-Races& races() { return device.races; }
-
 PhaseClocks& phase_clocks(const uint64_t* barrier) { return device.block.phase_clocks[barrier]; }
-
-void check_access(const void* data, size_t bytes, Races::Kind kind, Where where, By by) {
-  if (!settings().find_races) return;
-  const int who = by == By::kThread ? device.current : device.races.warpgroup(device.current);
-  const std::string race =
-      device.races.access(who, static_cast<const std::byte*>(data) - device.shared, bytes, kind,
-                          device.block.fibers[device.current].where.line());
-  if (!race.empty()) fail(race + ", after", where);
-}
-
-void instrumented_access(const void* data, size_t bytes, Races::Kind kind) {
-  const auto offset =
-      reinterpret_cast<uintptr_t>(data) - reinterpret_cast<uintptr_t>(device.shared);
-  if (offset >= device.shared_bytes || !device.in_thread) return;
-  bytes = std::min(bytes, device.shared_bytes - offset);
-  check_access(data, bytes, kind, device.block.fibers[device.current].where);
-}
-
-void atomic_load(void* to, const void* address, size_t bytes) {
-  instrumented_access(address, bytes, Races::Kind::kAtomic);
-  std::memcpy(to, address, bytes);
-}
-
-void atomic_store(void* address, const void* from, size_t bytes) {
-  std::memcpy(address, from, bytes);
-}
-
-void fence_async_proxy() {
-  std::copy_n(device.shared, device.shared_bytes, device.async_view.begin());
-}
-
-void async_wrote(const std::byte* data, size_t bytes) {
-  std::copy_n(data, bytes, device.async_view.begin() + (data - device.shared));
-}
-
-void async_reads(const std::byte* data, size_t bytes, const char* what, Where where) {
-  const ptrdiff_t offset = data - device.shared;
-  if (!std::equal(data, data + bytes, device.async_view.begin() + offset)) {
-    fail(std::string(what) + " reads shared memory from byte " + std::to_string(offset) +
-             " on that was stored without fence.proxy.async",
-         where);
-  }
-}
 
 ThreadCopies& thread_copies() { return device.block.fibers[device.current].copies; }
 
