@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -257,6 +258,64 @@ TEST_P(AttendOn, SameResultForAnyNumberOfThreads) {
     for (int32_t col = 0; col < 64; ++col) {
       ASSERT_EQ(one.out_at(0, i, 1, col), many.out_at(0, i, 1, col));
     }
+  }
+}
+
+// A tensor [b, s, h, d] in memory of its own: rows run backwards, and they, heads and the first
+// element lie at odd numbers of elements.
+struct OddlyLaid {
+  std::vector<std::byte> memory;
+  TensorView view;
+
+  explicit OddlyLaid(const TensorView& from) : view(from) {
+    const auto& [b, s, h, d] = from.shape;
+    const int64_t head = d | 1, row = (h * head) | 1, sequence = s * row + 2;
+    const auto size = static_cast<int64_t>(element_size(from.dtype));
+    memory.resize((b * sequence + 1) * size);
+    view.strides = {sequence, -row, head, 1};
+    view.data = memory.data() + ((s - 1) * row + 1) * size;
+    for_each_row(from, [&](std::byte* theirs, std::byte* ours) {
+      std::memcpy(ours, theirs, static_cast<size_t>(d * size));
+    });
+  }
+  template <typename Visit>
+  void for_each_row(const TensorView& other, const Visit& visit) const {
+    const auto at = [&](const TensorView& t, int64_t s, int64_t i, int64_t h) {
+      const int64_t offset = s * t.strides[0] + i * t.strides[1] + h * t.strides[2];
+      return static_cast<std::byte*>(t.data) + offset * static_cast<int64_t>(element_size(t.dtype));
+    };
+    for (int64_t s = 0; s < view.shape[0]; ++s) {
+      for (int64_t i = 0; i < view.shape[1]; ++i) {
+        for (int64_t h = 0; h < view.shape[2]; ++h) visit(at(other, s, i, h), at(view, s, i, h));
+      }
+    }
+  }
+};
+
+TEST_P(AttendOn, StridesAndAlignmentChangeNoBit) {
+  Execution aligned = GetParam();  // by the kernel that takes the others
+  if (aligned.backend == Backend::kSm90) aligned.backend = Backend::kSm80;
+  for (const int32_t d : {64, 72}) {
+    Case c = small_case(DType::kBFloat16);
+    c.lengths = {{130, 163}, {130, 163}};
+    c.d_qk = c.d_v = d;
+    c.h_q = 4;
+    c.h_kv = 2;
+    CaseData data(c);
+    run(data, nullptr, aligned);
+
+    const OddlyLaid q(data.input.q), k(data.input.k), v(data.input.v), out(data.out);
+    AttentionInput input = data.input;
+    input.q = q.view;
+    input.k = k.view;
+    input.v = v.view;
+    StagedCall call(input, out.view, {}, GetParam());
+    attend(call.input, nullptr, GetParam(),
+           call.workspace(attend_workspace_size(input, GetParam())), call.out);
+    call.finish();
+    out.for_each_row(data.out, [&](const std::byte* want, const std::byte* got) {
+      ASSERT_EQ(std::memcmp(want, got, d * element_size(c.dtype)), 0);
+    });
   }
 }
 
