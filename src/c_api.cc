@@ -389,6 +389,23 @@ flexprefill_status flexprefill_attend_on_device(const flexprefill_input* input,
   });
 }
 
+flexprefill_status flexprefill_compare_with_dense(const flexprefill_input* input,
+                                                  const flexprefill_block_index* index,
+                                                  const flexprefill_tensor* out, int64_t rows,
+                                                  const flexprefill_execution* execution,
+                                                  flexprefill_dense_comparison* figures,
+                                                  int64_t figure_count) {
+  return guarded([&] {
+    const std::span<flexprefill_dense_comparison> to = array(figures, figure_count, "figures");
+    std::vector<DenseComparison> heads(to.size());
+    compare_with_dense(to_input(input), required(index, "index").index,
+                       to_tensor(required(out, "out")), rows, to_execution(execution), heads);
+    for (size_t h = 0; h < to.size(); ++h) {
+      to[h] = {heads[h].kept_mass, heads[h].least_kept_mass, heads[h].error, heads[h].rows};
+    }
+  });
+}
+
 flexprefill_status flexprefill_block_grid(int64_t s_q, int64_t s_kv, int32_t block_size,
                                           int64_t* first_q_block, int64_t* n_q, int64_t* n_kv) {
   return guarded([&] {

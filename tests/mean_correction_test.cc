@@ -1,5 +1,5 @@
 // attend with the mean correction: the reference and every CPU target against plain loops in double
-// precision.
+// precision; and compare_with_dense against whole outputs.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -159,6 +159,80 @@ TEST(MeanCorrection, IsStored) {
   EXPECT_EQ(read.indices, index.indices);
   index.local_window = 5;
   EXPECT_THROW(index.check(), Error);
+}
+
+// ---- compare_with_dense ---------------------------------------------------------------------
+
+// Kept mass and error from whole matrices.
+void check_comparison(const Case& c, const Pattern& pattern) {
+  CaseData data(c), dense(c);
+  const Execution execution{};
+  WorkspaceBuffer buffer;
+  const Selection selection = run(data, pattern, execution);
+  const auto compute = [&](CaseData& to, const BlockIndex* index) {
+    attend(to.input, index, execution, buffer.reserve(attend_workspace_size(to.input, execution)),
+           to.out);
+  };
+  compute(data, &selection.index);
+  compute(dense, nullptr);
+  std::vector<DenseComparison> heads(data.lengths.size() * c.h_q);
+  compare_with_dense(data.input, selection.index, data.out, 1 << 20, execution, heads);
+  for (int64_t s = 0; s < static_cast<int64_t>(data.lengths.size()); ++s) {
+    for (int32_t h = 0; h < c.h_q; ++h) {
+      const DenseComparison& got = heads[s * c.h_q + h];
+      EXPECT_EQ(got.rows, data.lengths[s].s_q);
+      double difference = 0, size = 0;
+      for (int64_t i = 0; i < data.lengths[s].s_q; ++i) {
+        for (int32_t col = 0; col < c.d_v; ++col) {
+          const double exact = dense.out_at(s, i, h, col);
+          difference += std::pow(data.out_at(s, i, h, col) - exact, 2);
+          size += exact * exact;
+        }
+      }
+      EXPECT_NEAR(got.error, std::sqrt(difference / size), 1e-4);
+      EXPECT_LE(got.least_kept_mass, got.kept_mass + 1e-6);
+      if (selection.is_dense(s, h) && selection.index.local_window == 0) {
+        EXPECT_NEAR(got.least_kept_mass, 1, 1e-6);
+      }
+    }
+  }
+}
+
+TEST(CompareWithDense, GivesTheErrorAndTheMass) {
+  check_comparison(medium_case(), VerticalSlash{128, 128});
+  check_comparison(medium_case(), StreamingLlm{10, 70});
+  check_comparison(medium_case(),
+                   FlashPrefill{.alpha = 0.9f, .local_window = 64, .last_queries = 0});
+  Case packed{.name = "packed", .lengths = {{300, 300}, {70, 333}}, .block_size = 32};
+  packed.layout = Layout::kPacked;
+  check_comparison(packed, VerticalSlash{32, 32});
+  packed.layout = Layout::kPaged;
+  check_comparison(packed, XAttention{8, 0.5f});
+}
+
+TEST(CompareWithDense, TheProbesRowsHaveTheAuditsMass) {
+  // All rows but one are the probe.
+  const Case c{.name = "probe", .lengths = {{65, 900}}, .block_size = 64, .seed = 3};
+  CaseData data(c);
+  const Selection selection = run(data, VerticalSlash{128, 128}, {});
+  WorkspaceBuffer buffer;
+  attend(data.input, &selection.index, {}, buffer.reserve(attend_workspace_size(data.input, {})),
+         data.out);
+  std::vector<DenseComparison> all(2), last(2);
+  compare_with_dense(data.input, selection.index, data.out, 65, {}, all);
+  compare_with_dense(data.input, selection.index, data.out, 1, {}, last);
+  for (int32_t h = 0; h < 2; ++h) {
+    EXPECT_NEAR(all[h].kept_mass, selection.head(0, h).kept_mass, 0.02);
+    EXPECT_EQ(last[h].rows, 1);
+    EXPECT_EQ(last[h].kept_mass, last[h].least_kept_mass);
+    EXPECT_GT(last[h].error, 0);
+  }
+  EXPECT_THROW(compare_with_dense(data.input, selection.index, data.out, 0, {}, all), Error);
+  EXPECT_THROW(compare_with_dense(data.input, selection.index, data.out, 5,
+                                  {.backend = Backend::kSm80}, all),
+               Error);
+  all.resize(1);
+  EXPECT_THROW(compare_with_dense(data.input, selection.index, data.out, 5, {}, all), Error);
 }
 
 }  // namespace

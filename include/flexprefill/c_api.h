@@ -359,6 +359,20 @@ FLEXPREFILL_API flexprefill_status flexprefill_attend_on_device(
     const flexprefill_execution* execution, void* workspace, size_t workspace_bytes,
     const flexprefill_tensor* out, const flexprefill_tensor* lse);
 
+// What a selection has cost one query head of one sequence; DenseComparison in compare.h.
+typedef struct flexprefill_dense_comparison {
+  float kept_mass;
+  float least_kept_mass;
+  float error;
+  int32_t rows;
+} flexprefill_dense_comparison;
+// Compares `out`, which attend made of `index`, with dense attention on `rows` rows of every head;
+// figures [b * h_q]. Host backends only. Since version 3.
+FLEXPREFILL_API flexprefill_status flexprefill_compare_with_dense(
+    const flexprefill_input* input, const flexprefill_block_index* index,
+    const flexprefill_tensor* out, int64_t rows, const flexprefill_execution* execution,
+    flexprefill_dense_comparison* figures, int64_t figure_count);
+
 // ---- The index
 
 // The block grid of one sequence, anchored at absolute token 0: number of the block that holds

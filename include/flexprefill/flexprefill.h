@@ -12,6 +12,7 @@
 
 #include "flexprefill/attend.h"
 #include "flexprefill/block_index.h"
+#include "flexprefill/compare.h"
 #include "flexprefill/select.h"
 #include "flexprefill/types.h"
 
