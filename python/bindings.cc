@@ -218,6 +218,25 @@ void call_attend(const Call& call, const BlockIndex* index, const Tensor& out, c
   attend(call.input, index, call.execution, workspace, out.view(), lse_view);
 }
 
+using ComparisonArray =
+    nb::ndarray<float, nb::shape<-1, -1, 4>, nb::c_contig, nb::device::cpu>;  // [b, h_q, 4]
+
+void call_compare(const Call& call, const BlockIndex& index, const Tensor& out, int64_t rows,
+                  const ComparisonArray& figures) {
+  std::vector<DenseComparison> heads(figures.shape(0) * figures.shape(1));
+  {
+    nb::gil_scoped_release released;
+    compare_with_dense(call.input, index, out.view(), rows, call.execution, heads);
+  }
+  float* to = figures.data();
+  for (const DenseComparison& head : heads) {
+    *to++ = head.kept_mass;
+    *to++ = head.least_kept_mass;
+    *to++ = head.error;
+    *to++ = static_cast<float>(head.rows);
+  }
+}
+
 // A DeviceBlockIndex and the memory that it borrows.
 class DeviceRows {
  public:
@@ -471,6 +490,7 @@ NB_MODULE(_core, m) {
       "stream"_a = 0);
   m.def("prefill", &call_prefill, "call"_a, "pattern"_a, "out"_a, "lse"_a.none(), "audit"_a.none(),
         "scratch"_a = nb::none());
+  m.def("compare_with_dense", &call_compare, "call"_a, "index"_a, "out"_a, "rows"_a, "figures"_a);
   m.def("prefill_workspace_size", &call_prefill_workspace_size, "call"_a, "pattern"_a);
   m.def("select", &call_select, "call"_a, "pattern"_a, "audit"_a.none(), "scratch"_a = nb::none());
   m.def("select_workspace_size", &call_select_workspace_size, "call"_a, "pattern"_a);

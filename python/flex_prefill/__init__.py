@@ -23,6 +23,7 @@ from flex_prefill.attention import (
 )
 from flex_prefill.audit import Audit
 from flex_prefill.block_index import BlockIndex
+from flex_prefill.compare import DenseComparison, compare_with_dense
 from flex_prefill.patterns import (
     Dense,
     FlashPrefill,
@@ -39,6 +40,7 @@ __all__ = [
     "Audit",
     "BlockIndex",
     "Dense",
+    "DenseComparison",
     "FlashPrefill",
     "FlexPrefill",
     "MInference",
@@ -51,6 +53,7 @@ __all__ = [
     "__version__",
     "attend",
     "collect_audits",
+    "compare_with_dense",
     "disable_hf_flash_attention_check",
     "flex_prefill_attention",
     "get_config_example",

@@ -119,6 +119,9 @@ def prefill(
     audit: NDArray[np.float32] | None,
     scratch: Any = None,
 ) -> None: ...
+def compare_with_dense(
+    call: Call, index: BlockIndex, out: Tensor, rows: int, figures: NDArray[np.float32]
+) -> None: ...
 def prefill_workspace_size(call: Call, pattern: Pattern) -> int: ...
 def select(
     call: Call, pattern: Pattern, audit: NDArray[np.float32] | None, scratch: Any = None

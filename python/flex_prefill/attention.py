@@ -64,6 +64,7 @@ from flex_prefill._tensors import (
 )
 from flex_prefill.audit import Audit
 from flex_prefill.block_index import BlockIndex
+from flex_prefill.compare import guarded_select
 from flex_prefill.patterns import FlexPrefill, Pattern, check_pattern
 
 __all__ = [
@@ -218,6 +219,7 @@ def prefill(
     block_size: int = 128,
     return_lse: bool = False,
     audit: bool = False,
+    min_kept_mass: float | None = None,
     out: Tensor | None = None,
     backend: str = "auto",
     cpu_target: str = "auto",
@@ -228,6 +230,9 @@ def prefill(
     Returns out ``[b, s_q, h_q, d_v]`` or packed ``[t_q, h_q, d_v]``, of q's element type; or a
     tuple ``(out[, lse][, Audit])`` as asked. lse is float32 ``[b, h_q, s_q]`` or packed
     ``[h_q, t_q]``: the natural logarithm of the sum of ``exp(scale * q k)`` over the kept keys.
+    ``min_kept_mass``: a floor, in [0, 1]: where a head keeps less of the probe's mass, the call
+    is selected anew, with gamma raised half way to 1 up to three times (FlexPrefill), then dense;
+    the Audit's ``guard`` says so.
     ``out``: where to write instead, a torch or NumPy tensor that shares no memory with the inputs.
     The other keywords, layouts and errors: see the module.
     """
@@ -245,6 +250,13 @@ def prefill(
         "cpu_target": cpu_target,
         "num_threads": num_threads,
     }
+    if min_kept_mass is not None:
+        index, figures = guarded_select(
+            lambda chosen: select(q, k, chosen, audit=True, **options), pattern, min_kept_mass
+        )
+        result = attend(q, k, v, index, return_lse=return_lse, out=out, **options)
+        asked = (*result,) if return_lse else (result,)
+        return (*asked, figures) if audit else result
     if is_torch(q):
         from flex_prefill import _torch_op
 

@@ -23,6 +23,7 @@ class Audit:
     vertical_blocks, slash_blocks: how many vertical blocks and block distances were chosen.
     kept_mass: share of the probe's attention mass that lies in kept blocks.
     density: kept causal blocks / causal blocks.
+    guard: what ``prefill``'s min_kept_mass did for the call: None, "gamma 0.95" or "dense".
     """
 
     pattern: npt.NDArray[np.str_]
@@ -31,6 +32,7 @@ class Audit:
     slash_blocks: npt.NDArray[np.int32]
     kept_mass: npt.NDArray[np.float32]
     density: npt.NDArray[np.float32]
+    guard: str | None = None
 
     @classmethod
     def from_rows(cls, rows: npt.NDArray[Any]) -> Audit:
