@@ -226,6 +226,22 @@ def test_inspect_writes_a_picture_and_a_table(model_folder: Path, tmp_path: Path
     assert (red - blue > 0.1).mean() > 0.005
 
 
+def test_inspect_compares_every_layer(model_folder: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "layers.png"
+    report = run_json(
+        f"inspect --model {model_folder} --tokens 700 --out {tmp_path}/heads.png --dtype float32 "
+        f"--all-layers {picture} --pattern xattention --cfg block_size=32 threshold=0.5",
+        tmp_path / "heads.json",
+    )
+    kept, error, density = (np.array(x) for x in report["layers"].values())
+    assert kept.shape == error.shape == density.shape
+    assert kept.shape[0] > 1
+    for figures in (kept, density):
+        assert ((figures > 0) & (figures <= 1 + 1e-5)).all()
+    assert (error > 0).any()
+    assert picture.stat().st_size > 10000
+
+
 def test_inspect_spreads_over_the_densities() -> None:
     density = np.array([0.5, 0.1, 0.9, 0.3, 0.2, 0.7, 0.8], np.float32)
     assert inspect_command._spread(density) == [1, 3, 5, 2]

@@ -36,12 +36,14 @@ from flex_prefill.cli.common import (
     require,
     write_json,
 )
+from flex_prefill.cli.layers import compare_layers, draw_layers
 from flex_prefill.cli.prompts import (
     Prompt,
     add_prompt_arguments,
     check_prompt_arguments,
     make_prompt,
 )
+from flex_prefill.patch import pattern_of
 
 SUMMARY = "draw a head's attention and the blocks that a pattern keeps"
 EXAMPLE = """examples:
@@ -69,6 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
     parser.add_argument("--threads", type=positive, default=0, help="default: all there are")
     parser.add_argument("--out", type=Path, default=Path("heads.png"), metavar="FILE.png")
+    parser.add_argument(
+        "--all-layers",
+        type=Path,
+        metavar="FILE.png",
+        help="also compares every layer with dense attention and draws kept mass, error and "
+        "density by layer and head",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="the table; - is standard output")
 
 
@@ -132,6 +141,17 @@ def run(args: argparse.Namespace) -> None:
         f"{describe_pattern(args.pattern, pattern_config(args))}"
     )
     draw(args.out, title, index, maps, kept, audit, prompt)
+    if args.all_layers is not None:
+        every = pattern_of(args.pattern, pattern_config(args))[0]
+        costs = compare_layers(torch, model, prompt.token_ids, every, block_size)
+        names = ("kept_mass", "error", "density")
+        report["layers"] = dict(zip(names, costs.tolist(), strict=True))
+        draw_layers(
+            args.all_layers,
+            f"{folder.name}, {len(prompt.token_ids)} tokens: "
+            f"{describe_pattern(args.pattern, pattern_config(args))}",
+            costs,
+        )
     write_json(args.json, report)
     if str(args.json) != "-":
         _print(report)
