@@ -204,9 +204,11 @@ TEST_P(AttendOn, TokenWindowIsExact) {
 }
 
 TEST_P(AttendOn, SoftmaxScaleIsUsed) {
-  CaseData data(small_case(widest_dtype(GetParam())));
-  data.input.softmax_scale = 0.37f;
-  check(data, nullptr, GetParam(), expect(data, nullptr));
+  for (const float scale : {0.37f, 0.0f, -0.2f}) {
+    CaseData data(small_case(widest_dtype(GetParam())));
+    data.input.softmax_scale = scale;
+    check(data, nullptr, GetParam(), expect(data, nullptr));
+  }
 }
 
 // Where exact attention has a NaN or an infinity, and nowhere else.
