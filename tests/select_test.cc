@@ -208,6 +208,16 @@ std::vector<Case> select_cases() {
                    .block_size = 32,
                    .fill = Fill::kStructured,
                    .seed = 93});
+  cases.push_back({.name = "many_blocks_of_a_chunk",  // a map of several tiles of 64 blocks
+                   .lengths = {{2300, 4900}},
+                   .h_q = 2,
+                   .h_kv = 1,
+                   .d_qk = 24,
+                   .d_v = 16,
+                   .dtype = DType::kBFloat16,
+                   .block_size = 32,
+                   .fill = Fill::kStructured,
+                   .seed = 94});
   return cases;
 }
 

@@ -175,7 +175,7 @@ constexpr int kFinishEntries = 8192;  // of a CTA, a multiple of every block siz
 // A gap after each block, so that neighbours' sums meet no bank twice.
 constexpr size_t kFinishSharedBytes = (kFinishEntries + kFinishEntries / 32) * sizeof(float);
 
-__global__ void __launch_bounds__(kFinishThreads)
+static __global__ void __launch_bounds__(kFinishThreads)
     finish_scores_kernel(const SelectProblem select, int32_t pieces) {
   const DeviceProblem& problem = select.problem;
   const auto thread = static_cast<int32_t>(threadIdx.x);
@@ -235,9 +235,9 @@ struct ChooseShared {
 static_assert(sizeof(ChooseShared::take) >= kChooseThreads * 8 * sizeof(float),
               "partial means borrow the histogram");
 
-// Scores of one head, as choose_flex_prefill takes them.
+// Scores of one head, as choose_flex_prefill takes them: of keys or of distances.
 struct HeadScores {
-  const float *vertical, *slash, *vertical_block, *slash_block, *pooled;
+  const float *entries, *blocks;  // [s_kv], [n]
   int64_t s_kv, n;
 };
 
@@ -249,57 +249,33 @@ __device__ float jsd_sqrt_cta(const float* p, const float* q, int64_t n, double*
   return jsd_sqrt_of_sum(sum_cta<kThreads>(sum, scratch));
 }
 
-// Steps 2, 4 and 5 of FlexPrefill, or VerticalSlash's sizes: choose_flex_prefill and
-// choose_fixed_sizes of pattern.h after their block sums. vertical_bits, slash_bits [words] in
-// global memory. Every thread gets the result.
-__device__ inline HeadChoice choose_cta(const HeadScores& scores, const SelectSequence& plan,
-                                        bool by_blocks, float gamma, float tau, int32_t block_size,
-                                        uint64_t* vertical_bits, uint64_t* slash_bits,
-                                        ChooseShared& shared) {
+// Step 2: how many blocks hold gamma of the entries' mass. Every thread gets the result.
+__device__ inline int64_t cover_blocks_cta(const HeadScores& scores, float gamma,
+                                           int64_t block_size, int64_t low, int64_t high,
+                                           ChooseShared& shared) {
+  const Taken taken = take_largest_cta<kChooseThreads>(scores.entries, scores.s_kv, Weight::kMass,
+                                                       mass_limit(gamma, 1), shared.take);
+  return cover_blocks(taken.count + 1, block_size,
+                      {.gamma = gamma, .tau = 0, .min_blocks = low, .max_blocks = high});
+}
+
+// Step 5: the best `count` blocks, block 0 always among them; bits [words] in global memory,
+// distance s as bit n - 1 - s.
+__device__ inline void choose_blocks_cta(const HeadScores& scores, int64_t count, bool of_slash,
+                                         uint64_t* bits, ChooseShared& shared) {
   const auto thread = static_cast<int32_t>(threadIdx.x);
-  HeadChoice choice{.pattern = HeadPattern::kVerticalSlash,
-                    .jsd_sqrt = 0,
-                    .vertical_blocks = plan.vertical_low,
-                    .slash_blocks = plan.slash_low};
-  if (by_blocks) {
-    choice.jsd_sqrt =
-        jsd_sqrt_cta<kChooseThreads>(scores.pooled, scores.vertical_block, scores.n, shared.sums);
-    if (choice.jsd_sqrt < tau) {
-      choice.pattern = HeadPattern::kQueryAware;
-    } else {
-      const auto blocks = [&](const float* x, int32_t low, int32_t high) {
-        const Taken taken = take_largest_cta<kChooseThreads>(x, scores.s_kv, Weight::kMass,
-                                                             mass_limit(gamma, 1), shared.take);
-        return cover_blocks(taken.count + 1, block_size,
-                            {.gamma = gamma, .tau = tau, .min_blocks = low, .max_blocks = high});
-      };
-      choice.vertical_blocks = blocks(scores.vertical, plan.vertical_low, plan.vertical_high);
-      choice.slash_blocks = blocks(scores.slash, plan.slash_low, plan.slash_high);
-    }
-  }
   const int64_t n = scores.n;
-  const Taken vertical = take_largest_cta<kChooseThreads>(
-      scores.vertical_block + 1, n - 1, Weight::kCount,
-      static_cast<uint64_t>(choice.vertical_blocks - 1), shared.take);
-  const Taken slash =
-      take_largest_cta<kChooseThreads>(scores.slash_block + 1, n - 1, Weight::kCount,
-                                       static_cast<uint64_t>(choice.slash_blocks - 1), shared.take);
+  const auto place = [&](int64_t e) { return of_slash ? n - 1 - e : e; };
+  const Taken taken = take_largest_cta<kChooseThreads>(
+      scores.blocks + 1, n - 1, Weight::kCount, static_cast<uint64_t>(count - 1), shared.take);
   for (int64_t w = thread; w < (n + 63) / 64; w += kChooseThreads) {
-    vertical_bits[w] = w == 0 ? 1 : 0;
-    slash_bits[w] = w == (n - 1) / 64 ? uint64_t{1} << (n - 1) % 64 : 0;
+    bits[w] = w == place(0) / 64 ? uint64_t{1} << place(0) % 64 : 0;
   }
   __syncthreads();
-  const auto set = [](uint64_t* bits, int64_t i) {
-    atomicOr(reinterpret_cast<unsigned long long*>(bits + i / 64), 1ull << (i % 64));
-  };
-  if (thread / 32 == 0) {
-    for_each_taken_warp(scores.vertical_block, n, vertical,
-                        [&](int64_t e) { set(vertical_bits, e); });
-  } else if (thread / 32 == 1) {
-    for_each_taken_warp(scores.slash_block, n, slash,
-                        [&](int64_t e) { set(slash_bits, n - 1 - e); });
-  }
-  return choice;
+  if (thread >= 32) return;
+  for_each_taken_warp(scores.blocks, n, taken, [&](int64_t e) {
+    atomicOr(reinterpret_cast<unsigned long long*>(bits + place(e) / 64), 1ull << place(e) % 64);
+  });
 }
 
 // Step 4's estimate from block means: pooled[j] = share * exp2(scale * q_mean . k_mean_j) / sum.
@@ -348,45 +324,59 @@ __device__ bool pool_probe(const SelectProblem& select, const HeadView& head, fl
   return sum > 0;
 }
 
+// Two CTAs a head, one for keys and one for distances; which pattern the head has both find out.
 template <typename Element>
 __global__ void __launch_bounds__(kChooseThreads) choose_kernel(const SelectProblem select) {
-  const HeadView head = HeadView::of(select, static_cast<int32_t>(blockIdx.x));
+  const HeadView head = HeadView::of(select, static_cast<int32_t>(blockIdx.x / 2));
+  const bool of_slash = blockIdx.x % 2 != 0;
   const SelectSequence& plan = select.sequences[head.sequence];
   const DeviceSequence& sequence = select.problem.sequences[head.sequence];
-  const auto thread = static_cast<int32_t>(threadIdx.x);
   auto& shared = *reinterpret_cast<ChooseShared*>(shared_memory());
   const int64_t block = plan.first_block + static_cast<int64_t>(head.head) * sequence.n_kv;
   const int64_t word = plan.first_word + static_cast<int64_t>(head.head) * sequence.words_per_row;
   const int64_t key = plan.first_key + static_cast<int64_t>(head.head) * sequence.s_kv;
-  float* pooled = select.pooled + block;
-  if (plan.probed == 0 || select.dead[head.number] != 0 ||
-      (select.by_blocks && !pool_probe<Element>(select, head, pooled, shared))) {
-    if (thread == 0) select.choices[head.number] = HeadChoice{};
+  float* pooled = select.pooled + 2 * block + (of_slash ? sequence.n_kv : 0);
+  HeadChoice choice{};
+  if (plan.probed != 0 && select.dead[head.number] == 0 &&
+      (!select.by_blocks || pool_probe<Element>(select, head, pooled, shared))) {
+    const HeadScores scores{
+        .entries = (of_slash ? select.slash : select.vertical) + key,
+        .blocks = (of_slash ? select.slash_block : select.vertical_block) + block,
+        .s_kv = sequence.s_kv,
+        .n = sequence.n_kv};
+    const int64_t low = of_slash ? plan.slash_low : plan.vertical_low;
+    const int64_t high = of_slash ? plan.slash_high : plan.vertical_high;
+    int64_t count = low;
+    choice.pattern = HeadPattern::kVerticalSlash;
+    if (select.by_blocks) {
+      choice.jsd_sqrt = jsd_sqrt_cta<kChooseThreads>(pooled, select.vertical_block + block,
+                                                     sequence.n_kv, shared.sums);
+      if (choice.jsd_sqrt < select.tau) {
+        choice.pattern = HeadPattern::kQueryAware;
+      } else {
+        count =
+            cover_blocks_cta(scores, select.gamma, select.problem.block_size, low, high, shared);
+      }
+    }
+    (of_slash ? choice.slash_blocks : choice.vertical_blocks) = count;
+    choose_blocks_cta(scores, count, of_slash,
+                      (of_slash ? select.slash_bits : select.vertical_bits) + word, shared);
+  }
+  if (threadIdx.x != 0) return;
+  HeadChoice& to = select.choices[head.number];
+  if (of_slash) {
+    to.slash_blocks = choice.slash_blocks;
     return;
   }
-  const HeadScores scores{.vertical = select.vertical + key,
-                          .slash = select.slash + key,
-                          .vertical_block = select.vertical_block + block,
-                          .slash_block = select.slash_block + block,
-                          .pooled = pooled,
-                          .s_kv = sequence.s_kv,
-                          .n = sequence.n_kv};
-  const HeadChoice choice = choose_cta(scores, plan, select.by_blocks, select.gamma, select.tau,
-                                       select.problem.block_size, select.vertical_bits + word,
-                                       select.slash_bits + word, shared);
-  if (thread == 0) select.choices[head.number] = choice;
+  to.pattern = choice.pattern;
+  to.jsd_sqrt = choice.jsd_sqrt;
+  to.vertical_blocks = choice.vertical_blocks;
   if (choice.pattern != HeadPattern::kQueryAware) return;
-  Histogram& histogram = select.histograms[head.number];
-  for (int i = thread; i < Histogram::kBuckets; i += kChooseThreads) {
-    histogram.weight[i] = histogram.count[i] = 0;
-  }
-  if (thread == 0) {
-    select.map_states[head.number] = {.walk = {.limit = mass_limit(select.gamma, sequence.n_q)},
-                                      .taken = {},
-                                      .tickets = 0,
-                                      .done = 0};
-    select.map_heads[atomicAdd(select.map_count, 1)] = head.number;
-  }
+  select.map_states[head.number] = {.walk = {.limit = mass_limit(select.gamma, sequence.n_q)},
+                                    .taken = {},
+                                    .tickets = 0,
+                                    .done = 0};
+  select.map_heads[atomicAdd(select.map_count, 1)] = head.number;
 }
 
 }  // namespace flexprefill

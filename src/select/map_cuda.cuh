@@ -3,7 +3,7 @@
 // them, and every kernel here is a fixed grid that walks over the list's tiles of 64 query blocks
 // by 64 key blocks. No map is in memory: each sweep computes the scores anew, by the same
 // instructions of one kernel, so that all sweeps see the same bits.
-//   map_means    means of the query blocks                                    CTA: query block
+//   map_means    means of the query blocks, an empty histogram                CTA: query block
 //   map_sweep    kStats          row max and sum of each tile; the last tile of a head makes the
 //                                rows' softmax from them
 //                kLevel0 .. 2    histogram of the masses; the last tile of a head descends
@@ -92,6 +92,12 @@ __global__ void __launch_bounds__(kMapThreads) map_means_kernel(const SelectProb
     const int64_t begin = position > 0 ? position : 0;
     const int64_t end =
         position + problem.block_size < sequence.s_q ? position + problem.block_size : sequence.s_q;
+    if (r == 0) {
+      Histogram& histogram = select.histograms[head.number];
+      for (int i = static_cast<int>(threadIdx.x); i < Histogram::kBuckets; i += kMapThreads) {
+        histogram.weight[i] = histogram.count[i] = 0;
+      }
+    }
     const std::byte* q = problem.q_row(problem.q, head.sequence, head.head, begin);
     const int64_t row = sequence.first_row + static_cast<int64_t>(head.head) * sequence.n_q + r;
     mean_rows_cta<Element, kMapThreads>(
@@ -163,6 +169,31 @@ __device__ inline void map_scores(const SelectProblem& select, const MapTile& ti
     for (int j = 0; j < 4; ++j) scores[i][j] *= select.scale_log2;
   }
   __syncthreads();
+}
+
+// The share of a whole block that the last key block is.
+__device__ inline float last_share(const SelectProblem& select, const DeviceSequence& sequence) {
+  const int32_t block_size = select.problem.block_size;
+  return static_cast<float>(sequence.s_kv - (sequence.n_kv - 1) * block_size) /
+         static_cast<float>(block_size);
+}
+
+// From scores to p, once the rows' softmax is known.
+__device__ inline void map_masses(const SelectProblem& select, const MapTile& tile,
+                                  const DeviceSequence& sequence, float share_of_last,
+                                  float (&scores)[4][4]) {
+  const auto thread = static_cast<int32_t>(threadIdx.x);
+#pragma unroll
+  for (int a = 0; a < 4; ++a) {
+    const int32_t r = tile.q_block + thread / 16 + 16 * a;
+    const float offset = r < sequence.n_q ? select.row_offsets[tile.index_row(sequence, r)] : 0.0f;
+#pragma unroll
+    for (int b = 0; b < 4; ++b) {
+      const int32_t j = tile.k_word * kMapTile + thread % 16 + 16 * b;
+      const float p = exp2_approx(scores[a][b] - offset);
+      scores[a][b] = j == sequence.n_kv - 1 ? share_of_last * p : p;
+    }
+  }
 }
 
 // Counts this tile as done; true in the CTA that is the last of the head's in this sweep, which
@@ -367,7 +398,7 @@ __device__ inline void keep_map_tile(const SelectProblem& select, const Taken& t
   if (kept != 0) select.bits[tile.word(sequence, tile.q_block + row, tile.k_word)] |= kept;
 }
 
-__global__ void __launch_bounds__(kMapThreads)
+static __global__ void __launch_bounds__(kMapThreads)
     map_sweep_kernel(const SelectProblem select, MapSweep sweep, int32_t max_row_tiles,
                      int32_t max_words) {
   auto& shared = *reinterpret_cast<MapShared*>(shared_memory());
@@ -386,9 +417,7 @@ __global__ void __launch_bounds__(kMapThreads)
       if (sweep == MapSweep::kTies && state.taken.ties == 0) continue;
     }
     const DeviceSequence& sequence = problem.sequences[tile.head.sequence];
-    const int32_t last_keys = sequence.s_kv - (sequence.n_kv - 1) * problem.block_size;
-    const float share_of_last =
-        static_cast<float>(last_keys) / static_cast<float>(problem.block_size);
+    const float share_of_last = last_share(select, sequence);
     float scores[4][4] = {};
     if (tile.diagonal) map_scores(select, tile, sequence, shared, scores);
     if (sweep == MapSweep::kStats) {
@@ -396,18 +425,7 @@ __global__ void __launch_bounds__(kMapThreads)
       if (last_of_head(tile, state, shared)) finish_map_softmax(select, tile, sequence);
       continue;
     }
-#pragma unroll
-    for (int a = 0; a < 4; ++a) {
-      const int32_t r = tile.q_block + thread / 16 + 16 * a;
-      const float offset =
-          r < sequence.n_q ? select.row_offsets[tile.index_row(sequence, r)] : 0.0f;
-#pragma unroll
-      for (int b = 0; b < 4; ++b) {
-        const int32_t j = tile.k_word * kMapTile + thread % 16 + 16 * b;
-        const float p = exp2_approx(scores[a][b] - offset);
-        scores[a][b] = j == sequence.n_kv - 1 ? share_of_last * p : p;
-      }
-    }
+    map_masses(select, tile, sequence, share_of_last, scores);
     if (level) {
       const int number = static_cast<int>(sweep) - static_cast<int>(MapSweep::kLevel0);
       Histogram& histogram = select.histograms[tile.head.number];

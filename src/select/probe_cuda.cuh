@@ -29,6 +29,9 @@ struct ProbeShared {
   float row_max[2][kProbeRows], row_sum[2][kProbeRows];  // [warp column]
   float offset[kProbeRows];
   float k_sums[4][kStageColumns];  // [32 keys]
+  // Pass 1, of each thread's 8 rows over its keys: the maximum so far and the sum of exp2(x - max).
+  // Not in registers, which the scores fill.
+  float max[8][kProbeThreads], sum[8][kProbeThreads];
   int32_t dead[kProbeThreads / 32];
 };
 
@@ -262,12 +265,10 @@ __global__ void __launch_bounds__(kProbeThreads, 2)
   auto& scratch = *reinterpret_cast<ProbeShared*>(
       shared + kProbeRows * (steps * kStageColumns * 2 + 16) + stages * kStageBytes);
   const ProbeThread me(plan);
-  // Of this thread's rows over its keys: the maximum so far and the sum of exp2(x - max).
-  float max[8], sum[8];
 #pragma unroll
   for (int r = 0; r < 8; ++r) {
-    max[r] = -FLT_MAX;
-    sum[r] = 0;
+    scratch.max[r][threadIdx.x] = -FLT_MAX;
+    scratch.sum[r][threadIdx.x] = 0;
   }
   for_each_probe_tile<Element>(
       select, task, shared, stages,
@@ -284,7 +285,8 @@ __global__ void __launch_bounds__(kProbeThreads, 2)
         for (int r = 0; r < 8; ++r) {
           const int m = r / 2, half = r % 2;
           const int32_t last = me.last_key(plan, me.row0 + 16 * m + 8 * half, first_key) - me.key0;
-          float highest = max[r];
+          const float before = scratch.max[r][threadIdx.x];
+          float highest = before;
 #pragma unroll
           for (int n = 0; n < 8; ++n) {
 #pragma unroll
@@ -294,22 +296,23 @@ __global__ void __launch_bounds__(kProbeThreads, 2)
               highest = fmaxf(highest, x);
             }
           }
-          float total = sum[r] * exp2_approx(max[r] - highest);
+          float total = scratch.sum[r][threadIdx.x] * exp2_approx(before - highest);
 #pragma unroll
           for (int n = 0; n < 8; ++n) {
             total += exp2_approx(scores[m][n][2 * half] - highest);
             total += exp2_approx(scores[m][n][2 * half + 1] - highest);
           }
-          max[r] = highest;
-          sum[r] = total;
+          scratch.max[r][threadIdx.x] = highest;
+          scratch.sum[r][threadIdx.x] = total;
         }
       });
   // Four lanes, then two warps, share a row.
 #pragma unroll
   for (int r = 0; r < 8; ++r) {
-    float highest = fmaxf(max[r], __shfl_xor_sync(0xffffffffu, max[r], 1));
+    const float own = scratch.max[r][threadIdx.x];
+    float highest = fmaxf(own, __shfl_xor_sync(0xffffffffu, own, 1));
     highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
-    float total = sum[r] * exp2_approx(max[r] - highest);
+    float total = scratch.sum[r][threadIdx.x] * exp2_approx(own - highest);
     total += __shfl_xor_sync(0xffffffffu, total, 1);
     total += __shfl_xor_sync(0xffffffffu, total, 2);
     if (me.lane % 4 == 0) {

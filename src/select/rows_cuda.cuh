@@ -15,7 +15,8 @@ struct SequenceEntries {
   int32_t first, n;
 };
 
-__global__ void prepare_kernel(const SequenceEntries from, SelectSequence* to, int32_t* map_count) {
+static __global__ void prepare_kernel(const SequenceEntries from, SelectSequence* to,
+                                      int32_t* map_count) {
   const auto thread = static_cast<int32_t>(threadIdx.x);
   if (thread < from.n) to[from.first + thread] = from.entries[thread];
   if (thread == 0 && map_count != nullptr) *map_count = 0;
@@ -26,7 +27,7 @@ __global__ void prepare_kernel(const SequenceEntries from, SelectSequence* to, i
 constexpr int kRowsThreads = 256;
 constexpr int kRowsTile = 64;  // rows of a CTA
 
-__global__ void __launch_bounds__(kRowsThreads)
+static __global__ void __launch_bounds__(kRowsThreads)
     rows_kernel(const SelectProblem select, int32_t tiles) {
   const DeviceProblem& problem = select.problem;
   const auto x = static_cast<int32_t>(blockIdx.x);
@@ -65,7 +66,7 @@ __global__ void __launch_bounds__(kRowsThreads)
 
 constexpr int kAuditThreads = 256;
 
-__global__ void __launch_bounds__(kAuditThreads) audit_kernel(const SelectProblem select) {
+static __global__ void __launch_bounds__(kAuditThreads) audit_kernel(const SelectProblem select) {
   const DeviceProblem& problem = select.problem;
   const HeadView head = HeadView::of(select, static_cast<int32_t>(blockIdx.x));
   const DeviceSequence& sequence = problem.sequences[head.sequence];

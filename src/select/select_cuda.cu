@@ -15,10 +15,10 @@
 // VerticalSlash no map, FlexPrefill with tau = 0 none either.
 //
 // Workspace for n = s_kv / B key blocks, per query head: 8 bytes a key (vertical and slash scores),
-// 12 n bytes of block scores, 2 KB a chunk of keys (at most 128 chunks) and 32 KB for the map's
-// histogram; per K/V head 4 n d bytes of block means. The map's 4 n d bytes of query block means
-// and 9 bytes a word of bits take the place of the scores, which are not read any more. No P x s_kv
-// and no map: with 32 / 8 heads of 128 at 128k tokens 41 MB and 4 MB of bits, 2.8 % of q, k and v.
+// 24 n bytes of block scores and 1.5 KB a chunk of keys (at most 128 chunks); per K/V head 4 n d
+// bytes of block means. The map's 4 n d bytes of query block means, 9 bytes a word of bits and a
+// histogram of 32 KB take the place of the scores, which are not read any more. No P x s_kv and no
+// map: with 32 / 8 heads of 128 at 128k tokens 40 MB and 4 MB of bits, 2.8 % of q, k and v.
 #include <algorithm>
 #include <numbers>
 #include <variant>
@@ -130,10 +130,12 @@ struct MapMemory {
     row_offsets = arena.take<float>(problem.first_row.back());
     tile_stats = arena.take<float2>(layout.word_count());
     tile_ties = arena.take<uint8_t>(layout.word_count());
+    histograms = arena.take<Histogram>(problem.b() * problem.h_q);
   }
   float *q_means, *row_offsets;
   float2* tile_stats;
   uint8_t* tile_ties;
+  Histogram* histograms;
 };
 
 // All arrays of a call, laid out alike by the size query and by the call.
@@ -170,14 +172,13 @@ SelectProblem lay_out(const DeviceProblem& device, const Problem& problem, const
     select.by_blocks = true;
     select.gamma = flex->gamma;
     select.tau = flex->tau;
-    select.pooled = arena.take<float>(plan.blocks);
+    select.pooled = arena.take<float>(2 * plan.blocks);
     select.k_means = arena.take<float>(plan.kv_blocks * problem.d_qk);
   }
   if (maps) {
     select.map_heads = arena.take<int32_t>(heads);
     select.map_count = arena.take<int32_t>(1);
     select.map_states = arena.take<MapState>(heads);
-    select.histograms = arena.take<Histogram>(heads);
   }
   size_t map_bytes = 0;
   if (maps) {
@@ -197,6 +198,7 @@ SelectProblem lay_out(const DeviceProblem& device, const Problem& problem, const
     select.row_offsets = memory.row_offsets;
     select.tile_stats = memory.tile_stats;
     select.tile_ties = memory.tile_ties;
+    select.histograms = memory.histograms;
   }
   return select;
 }
@@ -247,7 +249,7 @@ struct Launches {
     const int64_t pieces = ceil_div(plan.max_s_kv, kFinishEntries);
     launch(finish_scores_kernel, dim3(grid_of(heads() * 2 * pieces)), dim3(kFinishThreads),
            kFinishSharedBytes, stream, select, static_cast<int32_t>(pieces));
-    launch(choose_kernel<Element>, dim3(grid_of(heads())), dim3(kChooseThreads),
+    launch(choose_kernel<Element>, dim3(grid_of(2 * heads())), dim3(kChooseThreads),
            sizeof(ChooseShared), stream, select);
   }
 

@@ -52,7 +52,7 @@ struct SelectProblem {
   uint8_t* dead;            // [heads]: the probe met a NaN
   float *vertical, *slash;  // [heads, s_kv]
   float *vertical_block, *slash_block;  // [heads, n_kv]
-  float* pooled;                        // [heads, n_kv]
+  float* pooled;                        // [heads, 2, n_kv]: for keys, for distances
   float* block_mass;    // [heads, 2, n_kv], of the probe's two query blocks; nullptr: not asked
   float* k_means;       // [K/V heads, n_kv, d]
   HeadChoice* choices;  // [heads]

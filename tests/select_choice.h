@@ -1,0 +1,46 @@
+// The device's decisions on scores that a test makes up (select_choice_kernels.cu).
+#ifndef FLEXPREFILL_TESTS_SELECT_CHOICE_H_
+#define FLEXPREFILL_TESTS_SELECT_CHOICE_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "flexprefill/select.h"
+#include "select/pattern.h"
+
+namespace flexprefill::testing {
+
+// One head of one sequence, d_qk 16.
+struct ChoiceInput {
+  SequenceLengths lengths;
+  int32_t block_size = 64;
+  FlexPrefill pattern;
+  std::vector<float> vertical, slash;  // [s_kv]
+  std::vector<float> q_means;          // [n_q, 16]
+  std::vector<float> k_means;          // [n_kv, 16]
+};
+
+struct ChoiceResult {
+  HeadChoice choice;
+  std::vector<float> vertical_block, slash_block, pooled;  // [n_kv]
+  std::vector<uint64_t> vertical_bits, slash_bits;         // [words]
+  // Query-aware heads.
+  std::vector<float> map;      // pattern.h has its layout
+  std::vector<uint64_t> kept;  // [n_q, words]: what the map keeps
+};
+
+// Whether a device can run it.
+bool has_device();
+ChoiceResult choose_on_device(const ChoiceInput& input);
+
+// take_largest of pattern.h by a thread block, and the entries 1 .. that are taken if entry 0 is
+// left out, by a warp.
+struct TakenOnDevice {
+  Taken taken;
+  std::vector<uint8_t> entries;  // [size - 1]
+};
+TakenOnDevice take_on_device(const std::vector<float>& x, Weight weight, uint64_t limit);
+
+}  // namespace flexprefill::testing
+
+#endif  // FLEXPREFILL_TESTS_SELECT_CHOICE_H_

@@ -1,0 +1,153 @@
+// The device's decisions are those of pattern.h, bit by bit, given equal scores.
+#include "select_choice.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <random>
+#include <string>
+
+namespace flexprefill::testing {
+namespace {
+
+// Scores of many magnitudes that sum to 1, some of them 0, many of them equal.
+std::vector<float> random_scores(std::mt19937& random, int64_t size, bool flat) {
+  std::normal_distribution<double> normal;
+  std::uniform_int_distribution<int> kind(0, 9);
+  std::vector<double> wide(size);
+  for (double& x : wide) {
+    const int k = kind(random);
+    x = flat ? 1 : k == 0 ? 0 : k < 4 ? 0.01 : std::exp(3 * normal(random));
+  }
+  const double sum = std::accumulate(wide.begin(), wide.end(), 0.0);
+  std::vector<float> scores;
+  for (const double x : wide) scores.push_back(static_cast<float>(x / sum));
+  return scores;
+}
+
+class SelectChoice : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (!has_device()) GTEST_SKIP() << "no CUDA device";
+  }
+};
+
+TEST_F(SelectChoice, TakesTheSameEntries) {
+  std::mt19937 random(1);
+  Histogram histogram;
+  for (const int64_t size : {1, 2, 33, 1000, 8192, 20001}) {
+    for (const bool flat : {false, true}) {
+      const std::vector<float> x = random_scores(random, size, flat);
+      std::vector<std::pair<Weight, uint64_t>> rules;
+      for (const float gamma : {0.0f, 0.5f, 0.9f, 1.0f}) {
+        rules.emplace_back(Weight::kMass, mass_limit(gamma, 1));
+      }
+      for (const int64_t k : {int64_t{0}, int64_t{1}, size / 2, size + 3}) {
+        rules.emplace_back(Weight::kCount, static_cast<uint64_t>(k));
+      }
+      for (const auto& [weight, limit] : rules) {
+        SCOPED_TRACE("size " + std::to_string(size) + " limit " + std::to_string(limit));
+        const TakenOnDevice got = take_on_device(x, weight, limit);
+        const Taken want = take_largest(x.data(), size, weight, limit, &histogram);
+        EXPECT_EQ(got.taken.count, want.count);
+        EXPECT_EQ(got.taken.threshold, want.threshold);
+        EXPECT_EQ(got.taken.ties, want.ties);
+        Taken rest = take_largest(x.data() + 1, size - 1, weight, limit, &histogram);
+        for (int64_t e = 1; e < size; ++e) {
+          ASSERT_EQ(got.entries[e - 1] != 0, rest.takes(x[e])) << "entry " << e;
+        }
+      }
+    }
+  }
+}
+
+ChoiceInput choice_input(std::mt19937& random, SequenceLengths lengths, int32_t block_size,
+                         bool flat) {
+  ChoiceInput input{.lengths = lengths, .block_size = block_size, .pattern = {}};
+  input.pattern.min_budget = 0;
+  input.vertical = random_scores(random, lengths.s_kv, flat);
+  input.slash = random_scores(random, lengths.s_kv, flat);
+  const BlockGrid grid = block_grid(lengths, block_size);
+  // Few values, so that many entries of a map tie.
+  std::uniform_int_distribution<int> value(0, 3);
+  for (int64_t e = 0; e < 16 * grid.n_q; ++e) {
+    input.q_means.push_back(flat ? 0.0f : 0.5f * static_cast<float>(value(random)));
+  }
+  for (int64_t e = 0; e < 16 * grid.n_kv; ++e) {
+    input.k_means.push_back(0.25f * static_cast<float>(value(random)));
+  }
+  return input;
+}
+
+TEST_F(SelectChoice, ChoosesTheSameBlocks) {
+  std::mt19937 random(2);
+  Histogram histogram;
+  const std::vector<std::pair<SequenceLengths, int32_t>> shapes{
+      {{300, 300}, 64}, {{2100, 2177}, 32}, {{9000, 9000}, 128}};
+  for (const auto& [lengths, block_size] : shapes) {
+    for (const bool flat : {false, true}) {
+      ChoiceInput input = choice_input(random, lengths, block_size, flat);
+      for (const float gamma : {0.3f, 0.9f, 1.0f}) {
+        SCOPED_TRACE("s_kv " + std::to_string(lengths.s_kv) + " gamma " + std::to_string(gamma));
+        input.pattern.gamma = gamma;
+        input.pattern.tau = 0;
+        const ChoiceResult got = choose_on_device(input);
+        const int64_t n = block_grid(lengths, block_size).n_kv;
+        std::vector<float> vertical_block(n), slash_block(n);
+        std::vector<uint64_t> vertical_bits((n + 63) / 64), slash_bits((n + 63) / 64);
+        const HeadChoice want = choose_flex_prefill(
+            input.vertical.data(), input.slash.data(), got.pooled.data(), lengths.s_kv, block_size,
+            flex_prefill_rule(input.pattern, block_size, n),
+            {vertical_block.data(), slash_block.data(), vertical_bits.data(), slash_bits.data()},
+            &histogram);
+        EXPECT_EQ(got.vertical_block, vertical_block);
+        EXPECT_EQ(got.slash_block, slash_block);
+        EXPECT_NEAR(got.choice.jsd_sqrt, want.jsd_sqrt, 1e-7);
+        EXPECT_EQ(got.choice.pattern, want.pattern);
+        EXPECT_EQ(got.choice.vertical_blocks, want.vertical_blocks);
+        EXPECT_EQ(got.choice.slash_blocks, want.slash_blocks);
+        EXPECT_EQ(got.vertical_bits, vertical_bits);
+        EXPECT_EQ(got.slash_bits, slash_bits);
+      }
+    }
+  }
+}
+
+TEST_F(SelectChoice, KeepsTheSameBlocksOfAMap) {
+  std::mt19937 random(3);
+  Histogram histogram;
+  // Of one tile, of several, and a chunk that starts at block 67.
+  const std::vector<SequenceLengths> shapes{{300, 300}, {4300, 4300}, {4600, 8900}};
+  for (const SequenceLengths lengths : shapes) {
+    for (const bool flat : {false, true}) {
+      ChoiceInput input = choice_input(random, lengths, 64, flat);
+      input.pattern.tau = 1;
+      for (const float gamma : {0.2f, 0.5f, 0.9f, 1.0f}) {
+        SCOPED_TRACE("s_kv " + std::to_string(lengths.s_kv) + " gamma " + std::to_string(gamma));
+        input.pattern.gamma = gamma;
+        const ChoiceResult got = choose_on_device(input);
+        ASSERT_EQ(got.choice.pattern, HeadPattern::kQueryAware);
+        const BlockGrid grid = block_grid(lengths, 64);
+        const int64_t words = (grid.n_kv + 63) / 64;
+        std::vector<uint64_t> want(grid.n_q * words, 0);
+        Taken taken = cover_map(got.map.data(), static_cast<int64_t>(got.map.size()), grid.n_q,
+                                gamma, &histogram);
+        const float* row = got.map.data();
+        double mass = 0;
+        for (int64_t r = 0; r < grid.n_q; ++r) {
+          const int64_t i = grid.first_q_block + r;
+          keep_map_row(row, i, taken, want.data() + r * words);
+          mass += std::accumulate(row, row + i + 1, 0.0);
+          row += i + 1;
+        }
+        EXPECT_NEAR(mass, static_cast<double>(grid.n_q), 1e-3);
+        EXPECT_EQ(got.kept, want);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace flexprefill::testing
