@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import flex_prefill
+import flex_prefill.cli.kernel_bench as kernel_bench
 from flex_prefill.cli.common import (
     DTYPES,
     CommandError,
@@ -44,9 +45,10 @@ from flex_prefill.cli.common import (
 from flex_prefill.cli.inputs import INPUTS
 
 SUMMARY = "measure sparse against dense on your own shapes"
-EXAMPLE = """example:
+EXAMPLE = """examples:
   flexprefill bench --tokens 4096 8192 16384 --heads 32 --kv-heads 8 --head-dim 128 \\
-      --dtype float32 --gamma 0.95 --json bench.json --plot bench.png"""
+      --dtype float32 --gamma 0.95 --json bench.json --plot bench.png
+  flexprefill bench --kernel --tokens 4096 8192 16384 --plot kernel.png"""
 
 PEERS = ("torch", "gemm")
 _ENOUGH_SECONDS = 60  # of one case; calls that long need no repeats
@@ -86,6 +88,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="- is standard output")
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
+    group = parser.add_argument_group("kernel")
+    group.add_argument(
+        "--kernel", action="store_true", help="attend alone, on random blocks, against dense mode"
+    )
+    group.add_argument(
+        "--density",
+        type=kernel_bench.density,
+        nargs="+",
+        default=list(kernel_bench.DENSITIES),
+        help="of those blocks (default .25 .05: 75 %% and 95 %% sparsity)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -96,6 +109,10 @@ def run(args: argparse.Namespace) -> None:
             f"got {args.heads}",
             usage=True,
         )
+    if args.kernel:
+        kernel_bench.check(args)
+        kernel_bench.run(args)
+        return
     pattern_from(args)  # refuses bad settings before torch is loaded
     if args.plot is not None:
         require("matplotlib", "plot")
