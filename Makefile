@@ -12,7 +12,7 @@ CPP_FILES = $(shell git ls-files '*.cc' '*.c' '*.h' '*.cu' '*.cuh')
 TIDY_FILES := src/api.cc src/backend.cc src/c_api.cc src/validate.cc src/index/block_index.cc
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo build test test-cpp test-python lint format bench docs clean
+.PHONY: help setup demo build test test-cpp test-python lint format eval bench docs clean
 
 help:  ## Say what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | \
@@ -59,6 +59,14 @@ format: $(VENV)/.tools  ## Format everything in place
 	clang-format -i $(CPP_FILES)
 	ruff format .
 	ruff check --fix .
+
+$(VENV)/.eval: $(VENV)/.tools
+	@echo "Installing lm-eval"
+	@pip --disable-pip-version-check install --quiet 'lm-eval[hf,ruler]==0.4.13'
+	@touch $@
+
+eval: setup $(VENV)/.eval  ## Accuracy of the built-in model under patterns, against its table
+	flexprefill eval --suite quick $(ARGS)
 
 bench: setup  ## Measure what README.md states and write it there; 15 minutes, on an idle machine
 	bench/run

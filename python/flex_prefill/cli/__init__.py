@@ -1,4 +1,6 @@
-"""The command line: ``flexprefill demo | bench | inspect | calibrate | info``.
+"""The command line.
+
+    flexprefill demo | bench | inspect | calibrate | eval | test-llm | info
 
 Exit code 0: done; 1: failed, with one line that says what and how to mend it; 2: bad usage.
 """
@@ -14,13 +16,23 @@ import flex_prefill
 import flex_prefill.cli.bench as bench
 import flex_prefill.cli.calibrate as calibrate
 import flex_prefill.cli.demo as demo
+import flex_prefill.cli.eval as evaluate
 import flex_prefill.cli.info as info
 import flex_prefill.cli.inspect as inspect
+import flex_prefill.cli.llm as llm
 from flex_prefill.cli.common import CommandError
 
 __all__ = ["main"]
 
-_COMMANDS = {"demo": demo, "bench": bench, "inspect": inspect, "calibrate": calibrate, "info": info}
+_COMMANDS = {
+    "demo": demo,
+    "bench": bench,
+    "inspect": inspect,
+    "calibrate": calibrate,
+    "eval": evaluate,
+    "test-llm": llm,
+    "info": info,
+}
 
 
 def make_parser() -> argparse.ArgumentParser:

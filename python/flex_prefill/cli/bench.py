@@ -111,14 +111,15 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.kernel:
         kernel_bench.check(args)
-        kernel_bench.run(args)
-        return
     pattern_from(args)  # refuses bad settings before torch is loaded
     if args.plot is not None:
         require("matplotlib", "plot")
     torch = load_torch(args.threads)
     if args.device == "cuda":
         _check_gpu(torch)
+    if args.kernel:
+        kernel_bench.run(args, torch)
+        return
     description = run_description(torch, args.command_line)  # before there is load of our own
     # "auto" may name a dtype that was asked for as well.
     dtypes = dict.fromkeys(

@@ -23,8 +23,6 @@ from flex_prefill.cli.common import (
     CommandError,
     choose_dtype,
     format_table,
-    load_torch,
-    require,
     run_description,
     write_json,
 )
@@ -66,11 +64,9 @@ def random_index(
     )
 
 
-def run(args: argparse.Namespace) -> None:
-    if args.plot is not None:
-        require("matplotlib", "plot")
-    torch = load_torch(args.threads)
-    device = torch.device(getattr(args, "device", None) or "cpu")
+def run(args: argparse.Namespace, torch: Any) -> None:
+    """What the arguments of ``bench`` ask for, on their device."""
+    device = torch.device(args.device)
     description = run_description(torch, args.command_line)
     on_cpu = device.type == "cpu"
     dtypes = dict.fromkeys(
@@ -111,8 +107,9 @@ def _measure(
     torch: Any, args: argparse.Namespace, device: Any, dtype: Any, d: int, n: int
 ) -> dict[str, Any]:
     """Medians of dense mode, torch's attention and attend at each density, in turn."""
-    q, k, v = INPUTS["random"](n, args.heads, args.kv_heads, d, seed=args.seed, dtype=dtype)
-    q, k, v = (x.to(device) for x in (q, k, v))
+    q, k, v = INPUTS["random"](
+        n, args.heads, args.kv_heads, d, seed=args.seed, dtype=dtype, device=device
+    )
     out = torch.empty_like(q)
     options: dict[str, Any] = {"block_size": _BLOCK_SIZE}
     if device.type == "cpu":
