@@ -128,9 +128,8 @@ def _measure(
         calls[f"attend {share:g}"] = partial(
             flex_prefill.attend, q, k, v, index, out=out, **options
         )
-    if device.type != "cpu":
-        for call in calls.values():
-            call()  # kernels are loaded, workspaces are there
+    for call in calls.values():
+        call()  # threads are awake, kernels loaded, workspaces there
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     began = time.perf_counter()
     while len(seconds["dense"]) < args.repeat and time.perf_counter() - began < _ENOUGH_SECONDS:
