@@ -7,29 +7,26 @@ option(FLEXPREFILL_CUDA_EMULATOR
 # Every card from compute capability 8.0 on; the PTX is for cards that came later.
 set(FLEXPREFILL_CUDA_ARCHITECTURES 80 86-real 89-real 90a-real CACHE STRING
   "Cards to compile for; fewer compile faster. The Hopper kernel is always compiled for 90a")
-set(flexprefill_cuda_sources src/cuda/device_index.cu src/cuda/device_problem.cu)
-set(flexprefill_cuda_definitions "")
-# What needs wgmma and TMA.
-set(flexprefill_sm90_architectures 90a-real)
-set(flexprefill_sm90_sources "")
+set(flexprefill_cuda_sources
+  src/attend/attend_sm80.cu
+  src/cuda/device_index.cu
+  src/cuda/device_problem.cu)
 # Cards of 8.6 and 8.9 run select's code for 8.0: compiled for them, it lacks a register.
+set(flexprefill_select_sources src/select/select_cuda.cu)
 string(REGEX REPLACE "8[1-9]" "80" flexprefill_select_architectures
   "${FLEXPREFILL_CUDA_ARCHITECTURES}")
 list(REMOVE_DUPLICATES flexprefill_select_architectures)
 if("80" IN_LIST flexprefill_select_architectures)
   list(REMOVE_ITEM flexprefill_select_architectures 80-real)
 endif()
-set(flexprefill_select_sources src/select/select_cuda.cu)
-list(APPEND flexprefill_cuda_definitions FLEXPREFILL_HAS_SELECT_CUDA)
-if(EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/src/attend/attend_sm80.cu)
-  list(APPEND flexprefill_cuda_sources src/attend/attend_sm80.cu)
-  list(APPEND flexprefill_cuda_definitions FLEXPREFILL_HAS_ATTEND_SM80)
-endif()
-if(EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/src/attend/attend_sm90.cu)
-  list(APPEND flexprefill_sm90_sources src/attend/attend_sm90.cu src/attend/attend_sm90_d64.cu
-    src/attend/attend_sm90_d128.cu src/attend/attend_sm90_d192.cu src/attend/attend_sm90_d256.cu)
-  list(APPEND flexprefill_cuda_definitions FLEXPREFILL_HAS_ATTEND_SM90)
-endif()
+# What needs wgmma and TMA.
+set(flexprefill_sm90_architectures 90a-real)
+set(flexprefill_sm90_sources
+  src/attend/attend_sm90.cu
+  src/attend/attend_sm90_d64.cu
+  src/attend/attend_sm90_d128.cu
+  src/attend/attend_sm90_d192.cu
+  src/attend/attend_sm90_d256.cu)
 
 # As on the host, a product and a sum of select round separately; where they may be fused, it says
 # fmaf.

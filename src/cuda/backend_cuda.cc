@@ -143,54 +143,22 @@ void wait(const Execution& execution) {
 
 // ---- The stages, on a DeviceProblem that they share
 
-#if defined(FLEXPREFILL_HAS_SELECT_CUDA)
-constexpr bool kHasSelect = true;
-#else
-constexpr bool kHasSelect = false;
-#endif
-#if defined(FLEXPREFILL_HAS_ATTEND_SM80)
-constexpr bool kHasSm80 = true;
-#else
-constexpr bool kHasSm80 = false;
-#endif
-#if defined(FLEXPREFILL_HAS_ATTEND_SM90)
-constexpr bool kHasSm90 = true;
-#else
-constexpr bool kHasSm90 = false;
-#endif
-
-void run_select(const DeviceProblem& device, const Problem& problem, const Pattern& pattern,
-                const Execution& execution, Arena& arena, uint64_t* bits, HeadAudit* audit) {
-  if constexpr (kHasSelect) {
-    select_cuda(device, problem, pattern, execution, arena, bits, audit);
-  } else {
-    unsupported("select: this build has no kernels for it");
-  }
-}
-
 void run_attend(const DeviceProblem& device, const Problem& problem, const DeviceRows& rows,
                 const Execution& execution, Arena& arena) {
-  bool sm90 = card_backend(execution.backend) == Backend::kSm90;
-  if constexpr (kHasSm90) {
-    sm90 = sm90 && attend_sm90_takes(problem);
-    if (sm90 && !arena.counting()) {
-      attend_sm90(device, problem, rows, execution, arena);
-      return;
-    }
-  }
-  const Arena before = arena;
-  if constexpr (kHasSm80) {
+  const bool hopper = card_backend(execution.backend) == Backend::kSm90;
+  if (arena.counting()) {
+    // Which kernel takes the call depends on how the data will be aligned: enough for both.
+    Problem shapes = problem;
+    shapes.q_view.data = shapes.k_view.data = shapes.v_view.data = nullptr;
+    Arena sm90 = arena;
     attend_sm80(device, problem, rows, execution, arena);
-  } else {
-    unsupported("attend: this build has no kernels for it");
+    if (!hopper || !attend_sm90_takes(shapes)) return;
+    attend_sm90(device, problem, rows, execution, sm90);
+    if (sm90.bytes() > arena.bytes()) arena = sm90;
+    return;
   }
-  if constexpr (kHasSm90) {
-    if (!sm90) return;
-    // A size query: which of the two takes the call depends on how the data will be aligned.
-    Arena other = before;
-    attend_sm90(device, problem, rows, execution, other);
-    if (other.bytes() > arena.bytes()) arena = other;
-  }
+  const bool sm90 = hopper && attend_sm90_takes(problem);
+  (sm90 ? attend_sm90 : attend_sm80)(device, problem, rows, execution, arena);
 }
 
 // The audit's place on the device, and the way back. A size query does not know whether an audit
@@ -223,7 +191,7 @@ void select(const Problem& problem, const Pattern& pattern, const Execution& exe
   begin(problem, execution, arena, "select into a BlockIndex");
   const AuditCopy copy(problem, arena, audit);
   const DeviceProblem device = make_device_problem(problem, arena, execution.stream);
-  run_select(device, problem, pattern, execution, arena, bits.words, copy.device());
+  select_cuda(device, problem, pattern, execution, arena, bits.words, copy.device());
   if (!arena.counting()) copy.copy_back(execution);
 }
 
@@ -278,7 +246,7 @@ void prefill(const Problem& problem, const Pattern& pattern, const BlockRows& ro
   const AuditCopy copy(problem, arena, audit);
   const DeviceProblem device = make_device_problem(problem, arena, execution.stream);
   uint64_t* bits = rows.bits->words;
-  run_select(device, problem, pattern, execution, arena, bits, copy.device());
+  select_cuda(device, problem, pattern, execution, arena, bits, copy.device());
   run_attend(device, problem, {.bits = bits, .window = rows.window}, execution, arena);
   if (!arena.counting()) copy.copy_back(execution);
 }
@@ -306,7 +274,7 @@ void select_to_index(const Problem& problem, const Pattern& pattern, const Execu
   auto* bits = arena.take<uint64_t>(BlockBits::layout(problem).word_count());
   int64_t* sums = lay_out_csr_sums(problem.first_row.back(), arena);
   const DeviceProblem device = make_device_problem(problem, arena, execution.stream);
-  run_select(device, problem, pattern, execution, arena, bits, audit);
+  select_cuda(device, problem, pattern, execution, arena, bits, audit);
   if (!arena.counting()) bits_to_csr(device, bits, sums, index, execution.stream);
 }
 
