@@ -24,7 +24,9 @@ struct Index3 {
 // Of the running thread.
 extern Index3 thread_index, block_index, block_size, grid_size;
 
-// What the emulated device says of itself, and the order in which it runs things.
+// What the emulated device says of itself, and the order in which it runs things. The environment's
+// FLEXPREFILL_EMULATOR_SEED (a number) and FLEXPREFILL_EMULATOR_CAPABILITY (80, 86, 89, 90) set
+// them from outside of a test.
 struct Settings {
   int major = 9, minor = 0;
   int multiprocessors = 4;

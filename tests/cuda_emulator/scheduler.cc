@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -328,7 +329,17 @@ void run_block() {
 }  // namespace
 
 Settings& settings() {
-  static Settings instance;
+  static Settings instance = [] {
+    Settings initial;
+    if (const char* seed = std::getenv("FLEXPREFILL_EMULATOR_SEED")) {
+      initial.seed = std::strtoull(seed, nullptr, 10);
+    }
+    if (const char* capability = std::getenv("FLEXPREFILL_EMULATOR_CAPABILITY")) {
+      initial.major = capability[0] - '0';
+      initial.minor = std::atoi(capability + 1);
+    }
+    return initial;
+  }();
   return instance;
 }
 
