@@ -213,7 +213,8 @@ def test_compile(mode):
     compiled = torch.compile(layer, fullgraph=True, mode=mode)
     for seed in range(3):
         tensors = inputs(s=2048, seed=seed)
-        torch.testing.assert_close(compiled(*tensors).clone(), layer(*tensors))
+        # The compiled sum is not rounded to bf16 in between: one unit in the last place of lse.
+        torch.testing.assert_close(compiled(*tensors).clone(), layer(*tensors), rtol=0, atol=0.04)
 
 
 def test_opcheck():
