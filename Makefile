@@ -2,6 +2,9 @@
 VENV ?= .venv
 PRESET ?= release
 ARGS ?=
+# CUDA kernels take minutes to compile: by default where a card is. (CMake and pip by themselves
+# build them wherever nvcc is.)
+CUDA ?= $(if $(shell nvidia-smi -L 2> /dev/null),AUTO,OFF)
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 BUILD := build/$(PRESET)
@@ -23,8 +26,9 @@ $(VENV)/.tools: tools/setup pyproject.toml
 	@touch $@
 
 $(VENV)/.package: $(VENV)/.tools $(PACKAGE_SOURCES)
-	@echo "Building the Python package"
-	@pip --disable-pip-version-check install --quiet --no-build-isolation --no-deps .
+	@echo "Building the Python package (CUDA=$(CUDA))"
+	@pip --disable-pip-version-check install --quiet --no-build-isolation --no-deps \
+	  -C cmake.define.FLEXPREFILL_CUDA=$(CUDA) .
 	@touch $@
 
 setup: $(VENV)/.package  ## Virtual environment, dependencies and the Python package
@@ -33,7 +37,8 @@ demo: setup  ## Answer a question hidden in a long document, with dense attentio
 	flexprefill demo $(ARGS)
 
 $(BUILD)/build.ninja: $(VENV)/.tools
-	cmake --preset $(PRESET) -DCMAKE_PREFIX_PATH=$(abspath $(VENV))
+	cmake --preset $(PRESET) -DCMAKE_PREFIX_PATH=$(abspath $(VENV)) \
+	  $(if $(filter release dev,$(PRESET)),-DFLEXPREFILL_CUDA=$(CUDA))
 
 build: $(BUILD)/build.ninja  ## The C++ library and its tests (PRESET=dev: warnings are errors)
 	cmake --build $(BUILD)
@@ -52,7 +57,7 @@ lint: $(VENV)/.tools  ## Format, lint and types; the core's includes
 	ruff check .
 	mypy
 	tools/check_core_includes
-	cmake --preset dev -DCMAKE_PREFIX_PATH=$(abspath $(VENV)) > /dev/null
+	cmake --preset dev -DCMAKE_PREFIX_PATH=$(abspath $(VENV)) -DFLEXPREFILL_CUDA=$(CUDA) > /dev/null
 	clang-tidy -p build/dev --quiet $(TIDY_FILES)
 
 format: $(VENV)/.tools  ## Format everything in place
