@@ -38,6 +38,7 @@ enum class Weight {
 constexpr double kMassUnits = 1099511627776.0;  // 2^40
 
 FLEXPREFILL_HOST_DEVICE inline uint64_t fixed_mass(float x) {
+  // x is not negative. NOLINTNEXTLINE(bugprone-incorrect-roundings)
   return static_cast<uint64_t>(static_cast<double>(x) * kMassUnits + 0.5);
 }
 
