@@ -131,6 +131,7 @@ void check_memory(const Problem& problem, const Arena& arena) {
 // All checks of a call; a size query has nothing to check but the card.
 void begin(const Problem& problem, const Execution& execution, const Arena& arena,
            const char* waits = nullptr) {
+  card_backend(execution.backend);
   if (arena.counting()) return;
   check_call(execution, waits);
   check_memory(problem, arena);
