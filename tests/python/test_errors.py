@@ -162,9 +162,9 @@ def test_patterns(pattern, message):
 
 def test_what_is_no_pattern():
     for pattern in ("flex_prefill", None, 0.9, fp.FlexPrefill):
-        with pytest.raises(TypeError, match=r"^pattern: expected Dense, FlexPrefill"):
+        with pytest.raises(TypeError, match=r"^pattern: expected one of Dense, FlexPrefill"):
             fp.prefill(**inputs(), pattern=pattern)
-        with pytest.raises(TypeError, match=r"^pattern: expected Dense, FlexPrefill"):
+        with pytest.raises(TypeError, match=r"^pattern: expected one of Dense, FlexPrefill"):
             fp.select(inputs()["q"], inputs()["k"], pattern)
     with pytest.raises(TypeError, match="nothing"):
         fp.prefill(**inputs(), nothing=1)
