@@ -4,7 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <cstddef>
 #include <vector>
 
 #include "case_table.h"
@@ -87,7 +87,7 @@ void check_corrected(const Case& c, bool empty_rows) {
     SCOPED_TRACE(execution_name(execution));
     WorkspaceBuffer buffer;
     const Workspace workspace = buffer.reserve(attend_workspace_size(data.input, execution));
-    std::memset(workspace.data, 0xff, workspace.bytes);
+    std::fill_n(static_cast<std::byte*>(workspace.data), workspace.bytes, std::byte{0xff});
     data.poison();
     attend(data.input, &index, execution, workspace, data.out, data.lse);
     const double ulp = c.dtype == DType::kFloat32   ? 2e-6
