@@ -274,10 +274,11 @@ class AttendTile {
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) {
       float factor[2];
-      if (softmax_[m].weigh(s[m], p_.weigh_scale, factor)) {
+      if (softmax_[m].follow(s[m], p_.weigh_scale, factor)) {
 #pragma unroll
         for (int i = 0; i < kDimV / 2; ++i) o_[m][i] *= factor[i / 2 % 2];
       }
+      softmax_[m].weigh(s[m], p_.weigh_scale);
 #pragma unroll
       for (int i = 0; i < kTilesN * 2; ++i) {
         w[m][i / 4][i % 4] = pack<T>(s[m][2 * i], s[m][2 * i + 1]);

@@ -6,7 +6,10 @@
 //
 // S of the next tile is started before O of this one and both run while nothing waits for them; the
 // softmax of S overlaps O's product, and, as the warpgroups of a stream take turns in starting
-// their products, the products of the other warpgroup.
+// their products, the products of the other warpgroup. The tensor cores are busy all the time if
+// the other warpgroup's products take as long as everything between two turns of this one, so that
+// is kept short: most tiles need no mask, no maximum over a row and no rescaling. Where Q is in
+// registers, the next row's first S is started with the last O of a row as well.
 #ifndef FLEXPREFILL_SRC_ATTEND_ATTEND_SM90_KERNEL_CUH_
 #define FLEXPREFILL_SRC_ATTEND_ATTEND_SM90_KERNEL_CUH_
 
@@ -17,11 +20,12 @@
 #include "attend/attend_sm90_not_finite.cuh"
 #include "attend/attend_sm90_plan.cuh"
 #include "attend/softmax.cuh"
+#include "cuda/sm80.cuh"
 
 namespace flexprefill {
 
 // One warpgroup's 64 rows of each row of work of its stream. Fragments are laid out as sm90.cuh
-// says: a thread has rows row_ and row_ + 8.
+// says: lane l of a warp has its rows l / 4 and l / 4 + 8.
 template <typename Shape>
 class Computer {
  public:
@@ -30,34 +34,25 @@ class Computer {
   __device__ Computer(const AttendSm90Params& params, StreamShared<Shape>& shared, int warpgroup)
       : params_(params),
         shared_(shared),
-        warpgroup_(warpgroup),
-        lane_(static_cast<int32_t>(threadIdx.x) % 32),
-        row_(warpgroup * 64 + static_cast<int32_t>(threadIdx.x) % 128 / 32 * 16 + lane_ / 4),
         q_(sm90::wgmma_descriptor(shared.q + warpgroup * 64 * sm90::kChunkColumns, 16, kRows8)),
         k_(sm90::wgmma_descriptor(shared.k, 16, kRows8)),
         v_(sm90::wgmma_descriptor(shared.v, Shape::kTileKv * sm90::kChunkRowBytes, kRows8)) {}
 
   __device__ void run() {
-    if (kTurns && warpgroup_ == 1) sm90::named_barrier_arrive(kTurnOf0, kTurnThreads);
-    for (uint32_t n = 0;; ++n) {
-      sm90::barrier_wait(&shared_.q_full[warpgroup_], n & 1);
-      const WorkTile& work = shared_.work[n % WorkTile::kSlots];
-      const int32_t tiles = work.tiles;
-      if (tiles == WorkTile::kNoWork) break;
+    float s[Shape::kTileKv / 2];
+    uint32_t p[Shape::kTileKv / 4];
+    if (kTurns && warpgroup() == 1) sm90::named_barrier_arrive(kTurnOf0, kTurnThreads);
+    for (Row row = take_row(); row != Row::kNone;) {
       softmax_.reset();
       not_finite_ = false;
 #pragma unroll
       for (float& element : o_) element = 0;
-      if (tiles == 0) {
-        warp_arrive(&shared_.q_empty[warpgroup_]);
-      } else {
-        attend_row(work, tiles);
-      }
-      store(work);
-      if (not_finite_) RareRow<Shape>(params_, work).add_not_finite(row_ - lane_ / 4);
+      if (row == Row::kTaken) first_scores(s);
+      if (row != Row::kEmpty) attend_tiles(s, p);
+      row = finish_row(row, s, p);
     }
     // The other warpgroup's last arrival.
-    if (kTurns && warpgroup_ == 0) sm90::named_barrier_sync(kTurnOf0, kTurnThreads);
+    if (kTurns && warpgroup() == 0) sm90::named_barrier_sync(kTurnOf0, kTurnThreads);
   }
 
  private:
@@ -65,76 +60,191 @@ class Computer {
   static constexpr int kTurnOf0 = 1, kTurnThreads = 256;
   static constexpr uint32_t kRows8 = 8 * sm90::kChunkRowBytes;  // bytes of 8 rows of a chunk
 
-  __device__ void attend_row(const WorkTile& work, int32_t tiles) {
-    float s[Shape::kTileKv / 2];
-    uint32_t p[Shape::kTileKv / 4];
-    float rescale[2];
+  // What a row is when it is begun: kEmpty has no tiles, kStarted has its first scores already.
+  enum class Row { kNone, kEmpty, kTaken, kStarted };
 
-    sm90::barrier_wait(&shared_.k_full[ring_.stage], ring_.parity);
-    KeyTile tile = shared_.key_tile[ring_.stage];
+  // x, which all threads of a warp have alike, so that the compiler knows. What follows from it
+  // (loops, descriptors) then needs no register of each thread.
+  template <typename T>
+  __device__ static T uniform(T x) {
+    return __shfl_sync(0xffffffff, x, 0);
+  }
+
+  // Found anew each time: registers are few.
+  __device__ static int32_t lane() { return fresh_thread() % 32; }
+  // Of the stream. The first warpgroup of the CTA computes nothing.
+  __device__ static int32_t warpgroup() {
+    return Shape::kWarpgroups == 1 ? 0 : fresh_thread() / sm90::kWarpgroupThreads - 1;
+  }
+  // Of the warp's 16 rows, in the tile.
+  __device__ static int32_t first_row() {
+    return warpgroup() * 64 + fresh_thread() % sm90::kWarpgroupThreads / 32 * 16;
+  }
+
+  __device__ void take_turn() const {
+    if (kTurns) sm90::named_barrier_sync(kTurnOf0 + warpgroup(), kTurnThreads);
+  }
+  __device__ void pass_turn() const {
+    if (kTurns) sm90::named_barrier_arrive(kTurnOf0 + (warpgroup() ^ 1), kTurnThreads);
+  }
+
+  // The row that was taken last.
+  __device__ const WorkTile& taken() const { return shared_.work[(rows_ - 1) % WorkTile::kSlots]; }
+  // The next row, its Q in registers or in shared memory.
+  __device__ Row take_row() {
+    sm90::barrier_wait(&shared_.q_full[warpgroup()], rows_ & 1);
+    ++rows_;
+    const int32_t tiles = uniform(taken().tiles);
+    if (tiles == WorkTile::kNoWork) return Row::kNone;
+    if constexpr (Shape::kQInRegisters) {
+      if (tiles > 0) load_queries();
+    }
+    if (Shape::kQInRegisters || tiles == 0) warp_arrive(&shared_.q_empty[warpgroup()]);
+    return tiles == 0 ? Row::kEmpty : Row::kTaken;
+  }
+
+  // Fragments of the left operand: step i has columns 16 i to 16 i + 15 of this warp's rows.
+  __device__ void load_queries() {
+    const uint32_t row = first_row() + lane() % 16;
+    // Units of 16 bytes are swizzled: unit u of a row lies at u ^ (row % 8).
+    const uint32_t first =
+        sm90::shared_address(shared_.q) + row * sm90::kChunkRowBytes + (lane() / 16 ^ row % 8) * 16;
+#pragma unroll
+    for (uint32_t step = 0; step < Shape::kDimQk / 16; ++step) {
+      uint32_t fragment[4];
+      ldmatrix_x4(fragment,
+                  (first ^ step % 4 * 32) + step / 4 * (Shape::kTileQ * sm90::kChunkRowBytes));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) queries_[4 * step + i] = fragment[i];
+    }
+  }
+
+  __device__ void await_keys() { sm90::barrier_wait(&shared_.k_full[ring_.stage], ring_.parity); }
+
+  // A row's first scores, with nothing to start together with them.
+  __device__ void first_scores(float (&s)[Shape::kTileKv / 2]) {
+    await_keys();
+    take_turn();
     start_scores(s, ring_.stage);
+    pass_turn();
     sm90::wgmma_wait<0>();
     sm90::wgmma_pin(s);
+  }
+  __device__ void release_keys(bool last_of_row) {
     warp_arrive(&shared_.k_empty[ring_.stage]);
-    if (tiles == 1) warp_arrive(&shared_.q_empty[warpgroup_]);
-    weigh(s, work, tile, rescale);
-    pack(s, p);
+    if (!Shape::kQInRegisters && last_of_row) warp_arrive(&shared_.q_empty[warpgroup()]);
+  }
 
+  // The row from its first scores on: all products but the last with V.
+  __device__ void attend_tiles(float (&s)[Shape::kTileKv / 2], uint32_t (&p)[Shape::kTileKv / 4]) {
+    const WorkTile& work = taken();
+    const int32_t tiles = uniform(work.tiles), plain_tiles = uniform(work.plain_tiles);
+    if (plain_tiles == 0) change_scores(s, work);
+    release_keys(tiles == 1);
+    float rescale[2];
+    softmax_.follow(s, params_.scale_log2, rescale);
+    softmax_.weigh(s, params_.scale_log2);
+    pack(s, p);
+    int32_t i = 1;
 #pragma unroll 1
-    for (int32_t i = 1; i < tiles; ++i) {
-      const RingPlace<Shape::kStages> values = ring_;
-      ring_.advance();
-      if (tile.masked) await_checked(values.stage);
-      sm90::barrier_wait(&shared_.k_full[ring_.stage], ring_.parity);
-      tile = shared_.key_tile[ring_.stage];
-      if (kTurns) sm90::named_barrier_sync(kTurnOf0 + warpgroup_, kTurnThreads);
-      start_scores(s, ring_.stage);
-      sm90::barrier_wait(&shared_.v_full[values.stage], values.parity);
-      start_output(p, values.stage);
-      if (kTurns) sm90::named_barrier_arrive(kTurnOf0 + (warpgroup_ ^ 1), kTurnThreads);
-      sm90::wgmma_wait<1>();
-      sm90::wgmma_pin(s);
-      warp_arrive(&shared_.k_empty[ring_.stage]);
-      if (i + 1 == tiles) warp_arrive(&shared_.q_empty[warpgroup_]);
-      const bool moved = weigh(s, work, tile, rescale);
-      sm90::wgmma_pin(s);
-      // That phase is over; but unless a branch needs the sums, which are never negative, ptxas
-      // moves the exponentials behind the wait for the product that they should overlap.
-      const uint32_t negative = softmax_.sum[0] + softmax_.sum[1] < 0 ? 1 : 0;
-      sm90::barrier_wait(&shared_.v_full[values.stage], values.parity ^ negative);
+    for (; i < plain_tiles; ++i) next_tile<true>(s, p, work, false);
+#pragma unroll 1
+    for (; i < tiles; ++i) next_tile<false>(s, p, work, i + 1 == tiles);
+  }
+
+  // From the weights of one tile to those of the next.
+  template <bool kPlain>
+  __device__ void next_tile(float (&s)[Shape::kTileKv / 2], uint32_t (&p)[Shape::kTileKv / 4],
+                            const WorkTile& work, bool last) {
+    const RingPlace<Shape::kStages> values = ring_;
+    ring_.advance();
+    const uint32_t keys_stage = uniform(ring_.stage), values_stage = uniform(values.stage);
+    await_keys();
+    if (!kPlain) await_checked(values);
+    take_turn();
+    start_scores(s, keys_stage);
+    if (kPlain) sm90::barrier_wait(&shared_.v_full[values.stage], values.parity);
+    start_output(p, values_stage);
+    pass_turn();
+    sm90::wgmma_wait<1>();
+    sm90::wgmma_pin(s);
+    if (!kPlain) change_scores(s, work);
+    release_keys(last);
+    float rescale[2];
+    if (softmax_.follow(s, params_.scale_log2, rescale)) {
       sm90::wgmma_wait<0>();
       sm90::wgmma_pin(o_);
-      warp_arrive(&shared_.v_empty[values.stage]);
-      if (moved) {
 #pragma unroll
-        for (int e = 0; e < Shape::kDimV / 2; ++e) o_[e] *= rescale[e / 2 % 2];
-      }
-      pack(s, p);
+      for (int e = 0; e < Shape::kDimV / 2; ++e) o_[e] *= rescale[e / 2 % 2];
     }
-
-    if (tile.masked) await_checked(ring_.stage);
-    sm90::barrier_wait(&shared_.v_full[ring_.stage], ring_.parity);
-    start_output(p, ring_.stage);
+    // Not after the exponentials: packing then overlaps with them, which is worth the wait.
     sm90::wgmma_wait<0>();
     sm90::wgmma_pin(o_);
-    warp_arrive(&shared_.v_empty[ring_.stage]);
-    ring_.advance();
+    warp_arrive(&shared_.v_empty[values.stage]);
+    softmax_.weigh(s, params_.scale_log2);
+    pack(s, p);
+  }
+
+  // The last product of the taken row, and its output. Takes the next row and returns it.
+  __device__ Row finish_row(Row row, float (&s)[Shape::kTileKv / 2],
+                            uint32_t (&p)[Shape::kTileKv / 4]) {
+    const WorkTile& work = taken();
+    Row next = Row::kNone;
+    if (row != Row::kEmpty) {
+      const RingPlace<Shape::kStages> values = ring_;
+      ring_.advance();
+      if (Shape::kQInRegisters) next = take_row();
+      if (next == Row::kTaken) {
+        await_keys();
+        await_checked(values);
+        take_turn();
+        start_scores(s, ring_.stage);
+        last_output(p, values);
+        sm90::wgmma_pin(s);
+        next = Row::kStarted;
+      } else {
+        await_checked(values);
+        take_turn();
+        last_output(p, values);
+      }
+    }
+    store(work);
+    return Shape::kQInRegisters && row != Row::kEmpty ? next : take_row();
+  }
+
+  // Waits for the product as well.
+  __device__ void last_output(uint32_t (&p)[Shape::kTileKv / 4],
+                              const RingPlace<Shape::kStages>& values) {
+    start_output(p, values.stage);
+    pass_turn();
+    sm90::wgmma_wait<0>();
+    sm90::wgmma_pin(o_);
+    warp_arrive(&shared_.v_empty[values.stage]);
   }
 
   // s [64, kTileKv] = q [64, kDimQk] k^T
   __device__ void start_scores(float (&s)[Shape::kTileKv / 2], uint32_t stage) {
     const uint64_t k = sm90::wgmma_descriptor_at(k_, stage * (Shape::kTileKv * Shape::kDimQk * 2));
     uint64_t q[1] = {q_};
-    sm90::wgmma_pin(q);
+    if constexpr (Shape::kQInRegisters) {
+      sm90::wgmma_pin(queries_);
+    } else {
+      sm90::wgmma_pin(q);
+    }
     sm90::wgmma_pin(s);
     sm90::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < Shape::kDimQk / 16; ++step) {
       const int chunk = step / 4, bytes = step % 4 * 32;
-      sm90::wgmma_ss<Element, Shape::kTileKv>(
-          s, sm90::wgmma_descriptor_at(q[0], chunk * Shape::kTileQ * sm90::kChunkRowBytes + bytes),
-          sm90::wgmma_descriptor_at(k, chunk * Shape::kTileKv * sm90::kChunkRowBytes + bytes),
-          step > 0);
+      const uint64_t keys =
+          sm90::wgmma_descriptor_at(k, chunk * Shape::kTileKv * sm90::kChunkRowBytes + bytes);
+      if constexpr (Shape::kQInRegisters) {
+        sm90::wgmma_rs<Element, Shape::kTileKv>(s, queries_ + 4 * step, keys, step > 0);
+      } else {
+        const uint64_t rows =
+            sm90::wgmma_descriptor_at(q[0], chunk * Shape::kTileQ * sm90::kChunkRowBytes + bytes);
+        sm90::wgmma_ss<Element, Shape::kTileKv>(s, rows, keys, step > 0);
+      }
     }
     sm90::wgmma_commit();
     sm90::wgmma_pin(s);
@@ -148,31 +258,32 @@ class Computer {
     sm90::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < Shape::kTileKv / 16; ++step) {
-      sm90::wgmma_rs<Element, Shape::kDimV>(o_, p + 4 * step,
-                                            sm90::wgmma_descriptor_at(v, step * 2 * kRows8), true);
+      sm90::wgmma_rs_mn<Element, Shape::kDimV>(
+          o_, p + 4 * step, sm90::wgmma_descriptor_at(v, step * 2 * kRows8), true);
     }
     sm90::wgmma_commit();
     sm90::wgmma_pin(o_);
   }
 
-  __device__ bool weigh(float (&s)[Shape::kTileKv / 2], const WorkTile& work, const KeyTile& tile,
-                        float (&rescale)[2]) {
+  __device__ void change_scores(float (&s)[Shape::kTileKv / 2], const WorkTile& work) const {
     if (params_.scores_scale != 1) {
 #pragma unroll
       for (float& score : s) score *= params_.scores_scale;
     }
+    const KeyTile& tile = shared_.key_tile[ring_.stage];
     if (tile.masked) mask(s, work, tile.first_key);
-    return softmax_.weigh(s, params_.scale_log2, rescale);
   }
 
   // Scores of keys that a row does not see become -inf. Key x, counted from this thread's first
   // column, is seen if x <= last and (x < global or x >= local).
-  __device__ void mask(float (&s)[Shape::kTileKv / 2], const WorkTile& work, int32_t first_key) {
-    const int32_t first_column = first_key + 2 * (lane_ % 4);
+  __device__ void mask(float (&s)[Shape::kTileKv / 2], const WorkTile& work,
+                       int32_t first_key) const {
+    const int32_t own_row = first_row() + lane() / 4;
+    const int32_t first_column = first_key + 2 * (lane() % 4);
     const int32_t global = params_.mask.global_window - first_column;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int32_t query = work.first_position + row_ + 8 * r;
+      const int32_t query = work.first_position + own_row + 8 * r;
       const int32_t last = min(query, work.s_kv - 1) - first_column;
       const int32_t local = query - params_.mask.local_window + 1 - first_column;
 #pragma unroll
@@ -196,61 +307,68 @@ class Computer {
     }
   }
 
-  // Until a masked tile of V was checked.
-  __device__ void await_checked(uint32_t stage) {
-    sm90::barrier_wait(&shared_.v_checked[stage], checked_ >> stage & 1);
-    checked_ ^= 1u << stage;
+  // Until a tile of V is there, and was checked if it is masked.
+  __device__ void await_checked(const RingPlace<Shape::kStages>& values) {
+    sm90::barrier_wait(&shared_.v_full[values.stage], values.parity);
+    if (!shared_.value_tile[values.stage].masked) return;
+    sm90::barrier_wait(&shared_.v_checked[values.stage], values.parity);
 #pragma unroll
     for (int warp = 0; warp < Shape::kCheckers; ++warp) {
-      not_finite_ |= shared_.not_finite[stage][warp];
+      not_finite_ |= shared_.not_finite[values.stage][warp];
     }
   }
 
-  // o / sum and lse to the rows that exist.
+  // o / sum and lse to the rows that exist. What is seldom comes after o_ is out of its registers.
   __device__ void store(const WorkTile& work) {
     softmax_.finish();
     const DeviceProblem& problem = params_.problem;
+    const int32_t lane = this->lane(), own_row = first_row() + lane / 4;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int32_t row = row_ + 8 * r;
-      const bool exists = row >= work.row_begin && row < work.row_end;
-      float inverse = 1 / softmax_.sum[r];
-      float lse = softmax_.lse(r, params_.scale_log2);
-      // No weight at all: a query that sees no key gives 0, one whose scores are all -inf NaN.
-      if (exists && softmax_.sum[r] == 0) {
-        const bool nothing = !RareRow<Shape>(params_, work).sees_any_key(work.first_position + row);
-        inverse = nothing ? 0.0f : NAN;
-        lse = nothing ? -INFINITY : NAN;
+      const int32_t row = own_row + 8 * r;
+      if (row < work.row_begin || row >= work.row_end) continue;  // the quad's four lanes alike
+      const float inverse = 1 / softmax_.sum[r];
+      if (work.lse != nullptr && lane % 4 == 0) {
+        work.lse[row] = softmax_.lse(r, params_.scale_log2);
       }
-      if (exists && work.lse != nullptr && lane_ % 4 == 0) work.lse[row] = lse;
       auto* out = reinterpret_cast<uint16_t*>(work.out) + row * problem.out.row_stride;
 #pragma unroll
       for (int g = 0; g < Shape::kDimV / 8; g += 4) {
-        // The quad's four lanes hold two columns each of four groups of eight; each gets a group.
+        // The quad's lanes hold two columns each of four groups of eight; each gets a group.
         uint32_t part[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           part[i] = pack_pair<Element>(o_[4 * (g + i) + 2 * r] * inverse,
                                        o_[4 * (g + i) + 2 * r + 1] * inverse);
         }
-        transpose_quad(part);
-        const int32_t column = 8 * (g + lane_ % 4);
-        if (exists && column < problem.d_v) {
+        transpose_quad(part, lane);
+        const int32_t column = 8 * (g + lane % 4);
+        if (column < problem.d_v) {
           *reinterpret_cast<uint4*>(out + column) = {part[0], part[1], part[2], part[3]};
         }
       }
     }
+    const bool weightless[2] = {softmax_.sum[0] == 0, softmax_.sum[1] == 0};
+    if (weightless[0] || weightless[1]) {
+      const RareRow<Shape> rare(params_, work);
+#pragma unroll 1
+      for (int r = 0; r < 2; ++r) {
+        if (r == 0 ? weightless[0] : weightless[1]) rare.store_weightless(own_row + 8 * r);
+      }
+    }
+    if (not_finite_) RareRow<Shape>(params_, work).add_not_finite(first_row());
   }
 
   // Lane l of the quad gets part[l] of lanes 0 to 3.
-  __device__ void transpose_quad(uint32_t (&part)[4]) const {
+  __device__ static void transpose_quad(uint32_t (&part)[4], int32_t lane) {
+    const uint32_t quad = 0xfu << (lane & ~3);
 #pragma unroll
     for (int step = 1; step <= 2; step *= 2) {
-      const bool upper = (lane_ & step) != 0;
+      const bool upper = (lane & step) != 0;
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
         const int low = step == 1 ? 2 * pair : pair, high = low + step;
-        const uint32_t received = __shfl_xor_sync(0xffffffff, upper ? part[low] : part[high], step);
+        const uint32_t received = __shfl_xor_sync(quad, upper ? part[low] : part[high], step);
         (upper ? part[low] : part[high]) = received;
       }
     }
@@ -258,13 +376,12 @@ class Computer {
 
   const AttendSm90Params& params_;
   StreamShared<Shape>& shared_;
-  const int warpgroup_;  // of the stream
-  const int32_t lane_, row_;
-  const uint64_t q_, k_, v_;  // descriptors: this warpgroup's Q, stage 0 of K and V
-  RingPlace<Shape::kStages> ring_;
-  uint32_t checked_ = 0;     // parities of v_checked by stage
-  bool not_finite_ = false;  // the row of work has something to add in the end
+  const uint64_t q_, k_, v_;        // descriptors: this warpgroup's Q, stage 0 of K and V
+  RingPlace<Shape::kStages> ring_;  // of the tile whose scores were started last
+  uint32_t rows_ = 0;               // taken so far
+  bool not_finite_ = false;         // the row has something to add in the end
   OnlineSoftmax softmax_;
+  uint32_t queries_[Shape::kQInRegisters ? Shape::kDimQk / 4 : 1];
   float o_[Shape::kDimV / 2];
 };
 
@@ -272,7 +389,9 @@ template <typename Shape>
 __global__ void __launch_bounds__(kAttendThreads, 1)
     attend_sm90_kernel(const __grid_constant__ AttendSm90Params params) {
   auto& shared = *reinterpret_cast<SharedPlan<Shape>*>(shared_memory());
-  const int warp = static_cast<int>(threadIdx.x) / 32, warpgroup = warp / 4;
+  // Shuffled so that the compiler knows that a warp's threads stay together (Computer::uniform).
+  const int warp = __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x) / 32, 0);
+  const int warpgroup = warp / 4;
   if (threadIdx.x == 0) {
     for (StreamShared<Shape>& stream : shared.streams) stream.init();
     sm90::barrier_init_fence();

@@ -59,9 +59,10 @@ class Loader {
     if (lane_ == 0) describe(item, sequence, tiles);
     BlockWalk walk(
         params_.rows.bits == nullptr ? nullptr : params_.rows.row(sequence, item.head, item.q_row));
-    // K tiles that are asked for before Q: as many as fit besides those still in use by the row
-    // before, whose last use frees Q too.
-    const int32_t before_q = min(Shape::kStages - 1, tiles);
+    // K tiles that are asked for before Q. Its place is free since the row before began if Q is
+    // kept in registers; else until the row before ends: as many as fit besides those that it still
+    // uses.
+    const int32_t before_q = min(Shape::kQInRegisters ? 1 : Shape::kStages - 1, tiles);
     if (before_q == 0) load_q();
     int32_t first_key = 0;
 #pragma unroll 1
@@ -83,6 +84,9 @@ class Loader {
     work.head = item.head;
     work.q_row = item.q_row;
     work.tiles = tiles;
+    // The block on the diagonal is masked, and whatever a window cuts.
+    const bool plain = params_.scores_scale == 1 && !params_.mask.windowed();
+    work.plain_tiles = plain ? max(tiles - Shape::kTilesPerBlock, 0) : 0;
     work.first_position = first_position_;
     work.s_kv = sequence.s_kv;
     work.row_begin = max(-row, 0);
@@ -208,8 +212,8 @@ class Checker {
       if (tile.masked) {
         check(ring.stage, tile.keys);
         sm90::fence_proxy_async();
-        warp_arrive(&shared_.v_checked[ring.stage]);
       }
+      warp_arrive(&shared_.v_checked[ring.stage]);
       warp_arrive(&shared_.v_empty[ring.stage]);
     }
   }

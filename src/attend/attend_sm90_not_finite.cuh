@@ -23,17 +23,19 @@ class RareRow {
         words_(params.rows.bits == nullptr ? nullptr
                                            : params.rows.row(sequence_, work.head, work.q_row)) {}
 
-  // Whether a query sees any key of the kept blocks.
-  __device__ bool sees_any_key(int32_t query) const {
+  // A row of the tile without any weight, by the quad that stored it: a query that sees no key
+  // gives 0, one whose scores are all -inf NaN.
+  __device__ void store_weightless(int32_t row) const {
+    if (row < work_.row_begin || row >= work_.row_end) return;
+    const bool nothing = !sees_any_key(work_.first_position + row);
+    const int32_t lane = static_cast<int32_t>(threadIdx.x) % 4;
+    if (work_.lse != nullptr && lane == 0) work_.lse[row] = nothing ? -INFINITY : NAN;
+    if (!nothing) return;  // 0 / 0 was stored
+    auto* out = reinterpret_cast<uint16_t*>(work_.out) + row * params_.problem.out.row_stride;
 #pragma unroll 1
-    for (int32_t block = 0; block <= query / Shape::kBlock; ++block) {
-      const int32_t first = block * Shape::kBlock;
-      if (is_kept(block) &&
-          params_.mask.sees_any(query, first, min(first + Shape::kBlock, work_.s_kv) - 1)) {
-        return true;
-      }
+    for (int32_t column = 8 * lane; column < params_.problem.d_v; column += 32) {
+      *reinterpret_cast<uint4*>(out + column) = {0, 0, 0, 0};
     }
-    return false;
   }
 
   // Adds to the stored output of the tile's rows [first_row, first_row + 16) the elements of V that
@@ -54,6 +56,19 @@ class RareRow {
   }
 
  private:
+  // Whether a query sees any key of the kept blocks.
+  __device__ bool sees_any_key(int32_t query) const {
+#pragma unroll 1
+    for (int32_t block = 0; block <= query / Shape::kBlock; ++block) {
+      const int32_t first = block * Shape::kBlock;
+      if (is_kept(block) &&
+          params_.mask.sees_any(query, first, min(first + Shape::kBlock, work_.s_kv) - 1)) {
+        return true;
+      }
+    }
+    return false;
+  }
+
   __device__ bool is_kept(int32_t block) const {
     return words_ == nullptr || (words_[block / 64] >> (block % 64) & 1) != 0;
   }

@@ -27,6 +27,9 @@ struct AttendShape {
   // A tile of 128 keys and 256 columns would leave no room for a second stage, nor registers.
   static constexpr int kTileKv = kBlock == 64 || kDimV == 256 ? 64 : 128;
   static constexpr int kTilesPerBlock = kBlock / kTileKv;
+  // A warpgroup keeps its rows of Q in registers where there are enough of them. That spares shared
+  // memory a third of the reads of S = Q K^T, and frees Q's place for the next row at once.
+  static constexpr bool kQInRegisters = kDimQk <= 128;
   static constexpr int kBarrierBytes = 1024;  // more than all that is not q, k or v
   static constexpr int kStreamBytes = 232448 / kStreams / 1024 * 1024 - kBarrierBytes;
   static constexpr int kQBytes = kTileQ * kDimQk * 2;
@@ -45,6 +48,7 @@ struct WorkTile {
   float* lse;      // likewise; nullptr: not asked for
   int32_t sequence, head, q_row;
   int32_t tiles;           // of keys; kNoWork: the end
+  int32_t plain_tiles;     // of them, the first ones that need nothing but the softmax's scale
   int32_t first_position;  // of row 0
   int32_t s_kv;
   int32_t row_begin, row_end;         // rows of the tile that exist
@@ -80,7 +84,7 @@ struct StreamShared {
   sm90::Barrier q_full[Shape::kWarpgroups], q_empty[Shape::kWarpgroups];
   sm90::Barrier k_full[Shape::kStages], k_empty[Shape::kStages];
   sm90::Barrier v_full[Shape::kStages], v_empty[Shape::kStages];
-  sm90::Barrier v_checked[Shape::kStages];  // of masked tiles only
+  sm90::Barrier v_checked[Shape::kStages];  // where it is masked
   KeyTile key_tile[Shape::kStages];         // published by k_full
   ValueTile value_tile[Shape::kStages];     // published by v_full
   // Whether elements of a masked tile of V are not finite; they are zero in v. Published by

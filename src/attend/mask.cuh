@@ -21,6 +21,9 @@ struct TokenMask {
             static_cast<int32_t>(std::min(window.local_window, kMost))};
   }
 
+  __host__ __device__ bool windowed() const {
+    return global_window != std::numeric_limits<int32_t>::max();
+  }
   __host__ __device__ bool sees(int32_t query, int32_t key) const {
     return key <= query && (key < global_window || query - key < local_window);
   }

@@ -23,7 +23,8 @@ __device__ inline float quad_reduce(float x, Reduce reduce) {
 
 // Weights are 2^(scale_log2 * score - offset). The offset follows the largest score only where that
 // moved by more than kLag in the exponent: weights up to 2^kLag harm no precision, and most tiles
-// then leave the accumulators alone.
+// then leave the accumulators alone. So a thread looks at its own scores, and the quads find their
+// largest ones only where that happened.
 struct OnlineSoftmax {
   static constexpr float kLag = 8;
 
@@ -35,38 +36,41 @@ struct OnlineSoftmax {
     sum[0] = sum[1] = 0;
   }
 
-  // Turns scores, -inf where masked, into weights. True: what was accumulated so far must be
-  // multiplied by rescale[row]; the same for all threads of a warp. scale_log2 > 0. A NaN or +inf
-  // score makes its row's sum NaN, as in exact attention.
+  // Lets the offset follow the scores of a tile, -inf where masked. True: what was accumulated so
+  // far must be multiplied by rescale[row], which is not set otherwise; the same for all threads of
+  // a warp. scale_log2 > 0. A NaN or +inf score makes its row's sum NaN, as in exact attention.
   template <int kN>
-  __device__ bool weigh(float (&s)[kN], float scale_log2, float (&rescale)[2]) {
-    float largest[2][2] = {{-INFINITY, -INFINITY}, {-INFINITY, -INFINITY}};
+  __device__ bool follow(const float (&s)[kN], float scale_log2, float (&rescale)[2]) {
+    float parts[2][2] = {{-INFINITY, -INFINITY}, {-INFINITY, -INFINITY}};
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
-      float& row = largest[i / 2 % 2][i % 2];
-      row = fmaxf(row, s[i]);
+      float& part = parts[i / 2 % 2][i % 2];
+      part = fmaxf(part, s[i]);
     }
-    bool grows[2];
+    const float largest[2] = {fmaxf(parts[0][0], parts[0][1]), fmaxf(parts[1][0], parts[1][1])};
+    const bool moved = __any_sync(0xffffffff, grows(0, largest[0], scale_log2) ||
+                                                  grows(1, largest[1], scale_log2)) != 0;
+    if (!moved) return false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      largest[r][0] = quad_reduce(fmaxf(largest[r][0], largest[r][1]),
-                                  [](float a, float b) { return fmaxf(a, b); });
-      grows[r] = (largest[r][0] - max[r]) * scale_log2 > kLag;
-    }
-    const bool any = __any_sync(0xffffffff, grows[0] || grows[1]) != 0;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      rescale[r] = grows[r] ? exp2_approx((max[r] - largest[r][0]) * scale_log2) : 1.0f;
-      max[r] = grows[r] ? largest[r][0] : max[r];
+      const float of_row = quad_reduce(largest[r], [](float a, float b) { return fmaxf(a, b); });
+      const bool grew = grows(r, of_row, scale_log2);
+      rescale[r] = grew ? exp2_approx((max[r] - of_row) * scale_log2) : 1.0f;
+      max[r] = grew ? of_row : max[r];
       sum[r] *= rescale[r];
     }
+    return true;
+  }
+
+  // Turns the scores that the offset followed into weights.
+  template <int kN>
+  __device__ void weigh(float (&s)[kN], float scale_log2) {
     const float offset[2] = {this->offset(0, scale_log2), this->offset(1, scale_log2)};
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
       s[i] = exp2_approx(fmaf(s[i], scale_log2, -offset[i / 2 % 2]));
       sum[i / 2 % 2] += s[i];
     }
-    return any;
   }
 
   // Sums over the quads.
@@ -84,6 +88,9 @@ struct OnlineSoftmax {
   }
 
  private:
+  __device__ bool grows(int r, float score, float scale_log2) const {
+    return (score - max[r]) * scale_log2 > kLag;
+  }
   // Where every score was -inf there is nothing to subtract.
   __device__ float offset(int r, float scale_log2) const {
     return max[r] == -INFINITY ? 0.0f : max[r] * scale_log2;

@@ -120,7 +120,7 @@ inline WorkOrder take_work_order(const DeviceProblem& problem, bool bits, int64_
   WorkOrder order;
   const int64_t kv_head_bytes =
       int64_t{2} * problem.max_n_kv * problem.block_size * (int64_t{problem.d_qk} + problem.d_v);
-  const int64_t fit = std::clamp<int64_t>(l2_bytes / 2 / std::max<int64_t>(kv_head_bytes, 1), 1,
+  const int64_t fit = std::clamp<int64_t>(l2_bytes / 4 / std::max<int64_t>(kv_head_bytes, 1), 1,
                                           std::max(problem.h_kv, 1));
   order.sections = static_cast<int32_t>((problem.h_kv + fit - 1) / fit);
   order.section_kv_heads = (problem.h_kv + order.sections - 1) / std::max(order.sections, 1);

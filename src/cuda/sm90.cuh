@@ -58,24 +58,15 @@ __device__ inline void barrier_arrive_expect(Barrier* barrier, uint32_t bytes) {
       : "memory");
 }
 
-__device__ inline bool barrier_try_wait(Barrier* barrier, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n"
-      "}\n"
-      : "=r"(done)
-      : "r"(shared_address(barrier)), "r"(parity)
-      : "memory");
-  return done != 0;
-}
-
 // Until the phase of this parity has ended. On a fresh barrier parity 1 does not wait.
 __device__ inline void barrier_wait(Barrier* barrier, uint32_t parity) {
-  while (!barrier_try_wait(barrier, parity)) {
-  }
+  // A loop in C++ would have the compiler think of threads that leave it one by one.
+  asm volatile(
+      "{\n.reg .pred done;\nWAIT:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra DONE;\nbra WAIT;\nDONE:\n}\n" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
 }
 
 // ---- named barriers (id 1 to 15) ---------------------------------------------------------------
@@ -188,9 +179,11 @@ __device__ inline uint64_t wgmma_descriptor(const void* shared, uint32_t leading
          static_cast<uint64_t>(stride_bytes >> 4) << 32;
 }
 
-// The same tile `bytes` further on.
+// The same tile `bytes` further on. The address never carries, so that the upper half stays a
+// constant.
 __device__ inline uint64_t wgmma_descriptor_at(uint64_t descriptor, uint32_t bytes) {
-  return descriptor + (bytes >> 4);
+  const uint32_t low = static_cast<uint32_t>(descriptor) + (bytes >> 4);
+  return (descriptor & 0xffffffff00000000) | low;
 }
 
 // Before the first wgmma, and after ordinary code touched registers of d or a.
@@ -250,10 +243,10 @@ __device__ inline void wgmma_pin(T (&registers)[kN]) {
                ", p, 1, 1, 0, 0;\n}\n"                                              \
                : D                                                                  \
                : "l"(a), "l"(b), "r"(static_cast<int32_t>(accumulate)))
-#define FLEXPREFILL_WGMMA_RS(SHAPE, R, D, A, B, P)                                                \
+#define FLEXPREFILL_WGMMA_RS(SHAPE, R, D, A, B, P, TRANSPOSED)                                    \
   asm volatile(                                                                                   \
       "{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\nwgmma.mma_async.sync.aligned.m64" SHAPE " {" R \
-      "}, {" A "}, " B ", p, 1, 1, 1;\n}\n"                                                       \
+      "}, {" A "}, " B ", p, 1, 1, " TRANSPOSED ";\n}\n"                                          \
       : D                                                                                         \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int32_t>(accumulate)))
 
@@ -278,31 +271,53 @@ __device__ inline void wgmma_ss(float (&d)[kN / 2], uint64_t a, uint64_t b, bool
   }
 }
 
-// d = a b, or d += a b: a [64, 16] in registers, b [16, N] MN-major in shared memory. N 64, 128
-// or 256.
+// d = a b^T, or d += a b^T: a [64, 16] in registers, b [N, 16] K-major in shared memory. N 64 or
+// 128.
 template <typename Element, int kN>
 __device__ inline void wgmma_rs(float (&d)[kN / 2], const uint32_t* a, uint64_t b,
                                 bool accumulate) {
+  static_assert(kN == 64 || kN == 128);
+  constexpr bool kBf16 = std::is_same_v<Element, __nv_bfloat16>;
+  if constexpr (kN == 64 && kBf16) {
+    FLEXPREFILL_WGMMA_RS("n64k16.f32.bf16.bf16", FLEXPREFILL_R32, FLEXPREFILL_D32(d, 0),
+                         "%32,%33,%34,%35", "%36", "%37", "0");
+  } else if constexpr (kN == 64) {
+    FLEXPREFILL_WGMMA_RS("n64k16.f32.f16.f16", FLEXPREFILL_R32, FLEXPREFILL_D32(d, 0),
+                         "%32,%33,%34,%35", "%36", "%37", "0");
+  } else if constexpr (kBf16) {
+    FLEXPREFILL_WGMMA_RS("n128k16.f32.bf16.bf16", FLEXPREFILL_R64, FLEXPREFILL_D64(d, 0),
+                         "%64,%65,%66,%67", "%68", "%69", "0");
+  } else {
+    FLEXPREFILL_WGMMA_RS("n128k16.f32.f16.f16", FLEXPREFILL_R64, FLEXPREFILL_D64(d, 0),
+                         "%64,%65,%66,%67", "%68", "%69", "0");
+  }
+}
+
+// d = a b, or d += a b: a [64, 16] in registers, b [16, N] MN-major in shared memory. N 64, 128
+// or 256.
+template <typename Element, int kN>
+__device__ inline void wgmma_rs_mn(float (&d)[kN / 2], const uint32_t* a, uint64_t b,
+                                   bool accumulate) {
   static_assert(kN == 64 || kN == 128 || kN == 256);
   constexpr bool kBf16 = std::is_same_v<Element, __nv_bfloat16>;
   if constexpr (kN == 64 && kBf16) {
     FLEXPREFILL_WGMMA_RS("n64k16.f32.bf16.bf16", FLEXPREFILL_R32, FLEXPREFILL_D32(d, 0),
-                         "%32,%33,%34,%35", "%36", "%37");
+                         "%32,%33,%34,%35", "%36", "%37", "1");
   } else if constexpr (kN == 64) {
     FLEXPREFILL_WGMMA_RS("n64k16.f32.f16.f16", FLEXPREFILL_R32, FLEXPREFILL_D32(d, 0),
-                         "%32,%33,%34,%35", "%36", "%37");
+                         "%32,%33,%34,%35", "%36", "%37", "1");
   } else if constexpr (kN == 128 && kBf16) {
     FLEXPREFILL_WGMMA_RS("n128k16.f32.bf16.bf16", FLEXPREFILL_R64, FLEXPREFILL_D64(d, 0),
-                         "%64,%65,%66,%67", "%68", "%69");
+                         "%64,%65,%66,%67", "%68", "%69", "1");
   } else if constexpr (kN == 128) {
     FLEXPREFILL_WGMMA_RS("n128k16.f32.f16.f16", FLEXPREFILL_R64, FLEXPREFILL_D64(d, 0),
-                         "%64,%65,%66,%67", "%68", "%69");
+                         "%64,%65,%66,%67", "%68", "%69", "1");
   } else if constexpr (kBf16) {
     FLEXPREFILL_WGMMA_RS("n256k16.f32.bf16.bf16", FLEXPREFILL_R128, FLEXPREFILL_D128(d, 0),
-                         "%128,%129,%130,%131", "%132", "%133");
+                         "%128,%129,%130,%131", "%132", "%133", "1");
   } else {
     FLEXPREFILL_WGMMA_RS("n256k16.f32.f16.f16", FLEXPREFILL_R128, FLEXPREFILL_D128(d, 0),
-                         "%128,%129,%130,%131", "%132", "%133");
+                         "%128,%129,%130,%131", "%132", "%133", "1");
   }
 }
 

@@ -410,8 +410,8 @@ __global__ void warpgroup_product(const __grid_constant__ sm90::TensorMap a,
   sm90::wgmma_fence();
   for (uint32_t k = 0; k < 4; ++k) {
     const uint64_t bc_descriptor = sm90::wgmma_descriptor(sB, 64 * 128, 1024);
-    sm90::wgmma_rs<T, 128>(rD, rP + 4 * k, sm90::wgmma_descriptor_at(bc_descriptor, k * 2048),
-                           k > 0);
+    sm90::wgmma_rs_mn<T, 128>(rD, rP + 4 * k, sm90::wgmma_descriptor_at(bc_descriptor, k * 2048),
+                              k > 0);
   }
   sm90::wgmma_commit();
   sm90::wgmma_wait<0>();

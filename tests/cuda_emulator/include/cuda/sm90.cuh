@@ -38,10 +38,6 @@ inline void barrier_arrive_expect(Barrier* barrier, uint32_t bytes,
   cuda_emulator::mbarrier_expect(barrier, bytes, where);
   cuda_emulator::mbarrier_arrive(barrier, where);
 }
-inline bool barrier_try_wait(Barrier* barrier, uint32_t parity, Where where = Where::current()) {
-  cuda_emulator::mbarrier_wait(barrier, parity, where);
-  return true;
-}
 inline void barrier_wait(Barrier* barrier, uint32_t parity, Where where = Where::current()) {
   cuda_emulator::mbarrier_wait(barrier, parity, where);
 }
@@ -106,7 +102,8 @@ inline uint64_t wgmma_descriptor(const void* shared, uint32_t leading_bytes, uin
          static_cast<uint64_t>(stride_bytes >> 4) << 32;
 }
 inline uint64_t wgmma_descriptor_at(uint64_t descriptor, uint32_t bytes) {
-  return descriptor + (bytes >> 4);
+  const uint32_t low = static_cast<uint32_t>(descriptor) + (bytes >> 4);
+  return (descriptor & 0xffffffff00000000) | low;
 }
 inline void wgmma_fence(Where where = Where::current()) { cuda_emulator::wgmma_fence(where); }
 inline void wgmma_commit(Where where = Where::current()) { cuda_emulator::wgmma_commit(where); }
@@ -141,6 +138,22 @@ void wgmma_ss(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate,
 template <typename Element, int kN>
 void wgmma_rs(float (&d)[kN / 2], const uint32_t* a, uint64_t b, bool accumulate,
               Where where = Where::current()) {
+  static_assert(kN == 64 || kN == 128);
+  cuda_emulator::wgmma({.type = kWgmmaElement<Element>,
+                        .n = kN,
+                        .d = d,
+                        .a_registers = a,
+                        .a = 0,
+                        .b = b,
+                        .a_transposed = false,
+                        .b_transposed = false,
+                        .accumulate = accumulate},
+                       where);
+}
+
+template <typename Element, int kN>
+void wgmma_rs_mn(float (&d)[kN / 2], const uint32_t* a, uint64_t b, bool accumulate,
+                 Where where = Where::current()) {
   static_assert(kN == 64 || kN == 128 || kN == 256);
   cuda_emulator::wgmma({.type = kWgmmaElement<Element>,
                         .n = kN,
