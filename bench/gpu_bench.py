@@ -9,6 +9,8 @@ Sections (--sections):
   prefill   structured input: select, attend, both; cuDNN, the published code, FlashPrefill V2
   shapes    prefill against dense: as many K/V as query heads; d 64; fp16; four mixed lengths
   chunks    a 128k prompt in chunks of 2k, 8k, 16k: prefill of each against dense of each
+  rule      prefill as asked against dense mode over lengths, chunks, heads, head dims, batches
+            and both inputs, for bench/fit_dense_rule.py (left out where no section is named)
 
 Times are medians of single calls in CUDA graphs (in eager mode where a peer cannot be captured;
 "captured" says so), milliseconds. TFLOP/s count what is computed: 4 d s^2 / 2 a head, times the
@@ -19,6 +21,7 @@ Peers that are not installed are left out with a line that says why.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -26,6 +29,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,8 +102,10 @@ class Bench:
             call = make()
             result = call()
             times, captured = self.time(call, capture)
-        except (peers.Unavailable, RuntimeError, ValueError, TypeError, AssertionError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+        except Exception as error:  # a peer of whatever make must not end the run
+            text = str(error).strip().splitlines()
+            known = isinstance(error, peers.Unavailable)
+            reason = ("" if known else f"{type(error).__name__}: ") + (text[0] if text else "")
             if self.left_out.setdefault(name, reason) == reason:
                 print(f"  {name}: left out: {reason}", file=sys.stderr)
             torch.cuda.empty_cache()
@@ -163,10 +169,10 @@ def attend(bench: Bench, n: int) -> None:
             )  # fmt: skip
     if bench.args.quick:
         return
-    for name, peer in (
-        ("FlashAttention-4 block-sparse", peers.flash_attention_4_sparse),
-        ("flex_attention block-sparse", peers.flex_attention_blocks),
-    ):
+    others = [("FlashAttention-4 block-sparse", peers.flash_attention_4_sparse)]
+    if n in bench.args.flex_tokens:
+        others.append(("flex_attention block-sparse", peers.flex_attention_blocks))
+    for name, peer in others:
         bench.add(name, lambda peer=peer: peer(q, k, v, kept), flops=flops, like=ours, **labels)
 
 
@@ -179,8 +185,9 @@ def dense(bench: Bench, n: int) -> None:
         ("cuDNN", peers.cudnn),
         ("FlashAttention-3", peers.flash_attention_3),
         ("FlashAttention-2", peers.flash_attention_2),
-        ("flex_attention", peers.flex_attention_blocks),
     ]
+    if n in bench.args.flex_tokens:
+        others.append(("flex_attention", peers.flex_attention_blocks))
     for name, peer in others[:1] if bench.args.quick else others:
         bench.add(name, lambda peer=peer: peer(q, k, v), flops=flops, like=ours, **labels)
 
@@ -272,9 +279,86 @@ def chunks(bench: Bench, n: int) -> None:
             bench.add("FlashAttention-3", lambda size=size: flash_attention_3(size), **labels)
 
 
+# Changes of the shape, and chunks: rows of the end of a prompt.
+RULE_SHAPES: list[dict[str, Any]] = [
+    {},
+    {"h_q": 8, "h_kv": 2},
+    {"h_q": 1, "h_kv": 1},
+    {"d": 64},
+    {"chunk": 512},
+    {"chunk": 2 * K},
+    {"batch": 4},
+]
+
+
+def rule(bench: Bench, n: int) -> None:
+    """Prefill under the backend's name, which never takes dense mode instead, and its parts."""
+    backend = "sm90" if torch.cuda.get_device_capability() == (9, 0) else "sm80"
+    by = {"backend": backend}
+    for kind in ("structured", "random"):
+        for changes in RULE_SHAPES:
+            shape = dict(changes)
+            chunk, batch = shape.pop("chunk", n), shape.pop("batch", 1)
+            if chunk > n or batch * n > 64 * K:
+                continue
+            q, k, v = tensors(bench.args, kind, n, **shape)
+            q, k, v = (x.expand(batch, -1, -1, -1).contiguous() for x in (q[:, -chunk:], k, v))
+            index = fp.select(q, k, PATTERN)
+            labels = {"section": "rule", "input": kind, "tokens": n, "s_q": chunk, "batch": batch}
+            labels |= {"h_q": q.shape[2], "h_kv": k.shape[2], "d": q.shape[3], "backend": backend}
+            labels |= {"density": index.density, "min_budget": PATTERN.min_budget}
+            labels["shape"] = ", ".join(f"{name} {x}" for name, x in changes.items()) or "plain"
+            for name, call in (
+                ("dense", lambda q, k, v: fp.attend(q, k, v, **by)),
+                ("select", lambda q, k, v: fp.select(q, k, PATTERN, **by)),
+                ("prefill", lambda q, k, v: fp.prefill(q, k, v, PATTERN, **by)),
+                ("automatic", lambda q, k, v: fp.prefill(q, k, v, PATTERN)),
+            ):
+                make = functools.partial(functools.partial, call, q, k, v)
+                bench.add(name, make, **labels)
+
+
 SECTIONS = {
     "attend": attend, "dense": dense, "prefill": prefill, "shapes": shapes, "chunks": chunks,
+    "rule": rule,
 }  # fmt: skip
+RULE_LENGTHS = [2 * K, 4 * K, 8 * K, 16 * K]
+
+
+def lengths_of(section: str, args: argparse.Namespace) -> list[int]:
+    """The lengths that a section measures."""
+    if section == "chunks":
+        return [max(args.tokens)]
+    if section == "shapes":
+        return [n for n in (32 * K,) if n <= max(args.tokens)]
+    if section == "rule":
+        return [n for n in RULE_LENGTHS if n <= max(args.tokens)]
+    return sorted(args.tokens)
+
+
+# Of each length: kernels that are measured, their work in dense calls (at 500 TFLOP/s), and
+# seconds in which others compile (FlashAttention-4 once, flex_attention and Triton's each time).
+_WORK = {
+    "attend": (3, 1.0), "dense": (4, 5.0), "prefill": (7, 3.0), "shapes": (13, 16.0),
+    "chunks": (9, 7.0), "rule": (40, 20.0),
+}  # fmt: skip
+
+
+def estimated_seconds(args: argparse.Namespace) -> float:
+    """What a run will take, roughly: each measurement its seconds or three calls, and the start."""
+    total = 20.0
+    for section in args.sections:
+        for n in lengths_of(section, args):
+            kernels, work = _WORK[section]
+            call = dense_flops(n, n, args.heads, args.head_dim) / 500e12 * work / kernels
+            total += kernels * (max(args.seconds, 3 * call) + 4 * call + 0.05) + 0.3
+            if args.quick or section not in ("attend", "dense", "prefill"):
+                continue
+            total += 12 * (section != "prefill" and n in args.flex_tokens)
+            total += 0.4 if section == "prefill" else 0
+        total += 40 * (section == "attend" and not args.quick)
+        total += 15 * (section == "prefill" and args.published is not None)
+    return total
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -282,6 +366,8 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ours = {"attend": "attend", "dense": "dense"}
     cases: dict[tuple[Any, ...], dict[str, float]] = {}
     for row in rows:
+        if row["section"] == "rule":
+            continue
         key = tuple(row.get(name) for name in ("section", "tokens", "shape", "chunk"))
         cases.setdefault(key, {})[row["what"]] = row["ms"]
     found = []
@@ -345,11 +431,14 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=LENGTHS, help="multiples of 128")
-    parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
+    parser.add_argument("--sections", nargs="+", choices=list(SECTIONS),
+                        default=[name for name in SECTIONS if name != "rule"])  # fmt: skip
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
+    parser.add_argument("--flex-tokens", type=int, nargs="*", default=[8 * K, 32 * K, 128 * K],
+                        help="lengths of flex_attention, which compiles for each")  # fmt: skip
     parser.add_argument("--backends", action="store_true", help="attend: sm80 and sm90 apart too")
     parser.add_argument("--quick", action="store_true", help="ours and cuDNN alone, briefly")
     folders = {
@@ -373,6 +462,8 @@ def main() -> None:
     if not (fp.info()["cuda"]["devices"] and torch.cuda.is_available()):
         raise SystemExit("gpu_bench.py: needs a CUDA build of flex_prefill and torch, and a GPU")
     command = shlex.join(["python", *sys.argv])
+    print(f"about {estimated_seconds(args):.0f} s", file=sys.stderr)
+    start = time.perf_counter()
     bench = Bench(args)
     report = run_description(torch, command) | {"card": card()}
     report["commit"] = args.commit or report["commit"]
@@ -380,24 +471,27 @@ def main() -> None:
         "heads": args.heads, "kv_heads": args.kv_heads, "head_dim": args.head_dim,
         "dtype": "bfloat16", "pattern": PATTERN.name, "cfg": PUBLISHED,
     }  # fmt: skip
-    try:
-        with torch.inference_mode():
-            for section in args.sections:
-                one_length = section in ("shapes", "chunks")
-                lengths = [max(args.tokens)] if section == "chunks" else sorted(args.tokens)
-                if section == "shapes":
-                    lengths = [n for n in (32 * K,) if n <= max(args.tokens)]
-                if one_length and args.quick:
-                    continue
-                for n in lengths:
-                    print(f"{section}, {n} tokens", file=sys.stderr)
-                    SECTIONS[section](bench, n)
-                    torch.cuda.empty_cache()
-    finally:  # what was measured is kept, whatever ended the rest
-        report |= {"rows": bench.rows, "left_out": bench.left_out, "ratios": ratios(bench.rows)}
+
+    def save() -> None:  # what was measured is kept, whatever ends the rest
+        report.update(rows=bench.rows, left_out=bench.left_out, ratios=ratios(bench.rows))
+        report["seconds"] = time.perf_counter() - start
         if args.json is not None:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+    with torch.inference_mode():
+        for section in args.sections:
+            if section in ("shapes", "chunks") and args.quick:
+                continue
+            for n in lengths_of(section, args):
+                spent = time.perf_counter() - start
+                print(f"{section}, {n} tokens ({spent:.0f} s)", file=sys.stderr)
+                try:
+                    SECTIONS[section](bench, n)
+                except torch.OutOfMemoryError as error:
+                    bench.left_out[f"{section}, {n} tokens"] = str(error).splitlines()[0]
+                torch.cuda.empty_cache()
+                save()
     print_table(report)
 
 

@@ -102,7 +102,8 @@ Call random_call(Random& random, const std::vector<Execution>& executions, uint3
                                  .min_budget = random.between(0, 2 * block)};
   }
   call.execution = executions[random.between(0, static_cast<int64_t>(executions.size()) - 1)];
-  call.whole = random.between(0, 1) != 0;
+  // The automatic choice may be dense mode, whatever select_on_device keeps.
+  call.whole = random.between(0, 1) != 0 && call.execution.backend != Backend::kCuda;
   return call;
 }
 

@@ -234,11 +234,20 @@ void attend(const Problem& problem, const BlockRows& rows, const Execution& exec
   run_attend(device, problem, device_rows, execution, arena);
 }
 
+// The measured rule is a part of the automatic choice: a caller who names sm80 or sm90, or asks for
+// the figures of the heads, gets the pattern that was asked for. A size query has room for it.
+bool goes_dense(const Problem& problem, const Pattern& pattern, const Execution& execution,
+                const Arena& arena, bool audited) {
+  const Backend card = card_backend(execution.backend);
+  const bool automatic = execution.backend == Backend::kCuda && !audited && !arena.counting();
+  const DenseRule rule = automatic ? dense_rule(card) : DenseRule{card, 0, 0, 0};
+  return prefill_is_dense(rule, problem, pattern, device_info().multiprocessors);
+}
+
 void prefill(const Problem& problem, const Pattern& pattern, const BlockRows& rows,
              const Execution& execution, Arena& arena, std::span<HeadAudit> audit) {
   begin(problem, execution, arena, audit.empty() ? nullptr : "prefill with an audit");
-  const DenseRule& rule = dense_rule(card_backend(execution.backend));
-  if (prefill_is_dense(rule, problem, pattern)) {
+  if (goes_dense(problem, pattern, execution, arena, !audit.empty())) {
     const DeviceProblem device = make_device_problem(problem, arena, execution.stream);
     run_attend(device, problem, {.bits = nullptr, .window = {}}, execution, arena);
     if (!arena.counting()) std::fill(audit.begin(), audit.end(), HeadAudit{});

@@ -24,6 +24,11 @@ PATTERNS = [
 ]
 
 
+def named():
+    """The card's backend by its name: the pattern as asked for, also where dense is faster."""
+    return {"backend": "sm90" if torch.cuda.get_device_capability() == (9, 0) else "sm80"}
+
+
 def inputs(s=1500, h_q=4, h_kv=2, d=64, dtype=torch.bfloat16, b=1, seed=0):
     """On the GPU; heads look at some keys more than at others."""
     generator = torch.Generator().manual_seed(seed)
@@ -85,16 +90,34 @@ def test_the_index_stays_on_the_gpu_and_is_the_cpus(pattern):
     out = fp.attend(*tensors, index)
     close(out, fp.attend(*on_cpu(tensors), index), torch.bfloat16)
     torch.testing.assert_close(out, fp.attend(*tensors, index.cpu()), rtol=0, atol=0)
-    torch.testing.assert_close(out, fp.prefill(*tensors, pattern), rtol=0, atol=0)
+    torch.testing.assert_close(out, fp.prefill(*tensors, pattern, **named()), rtol=0, atol=0)
+
+
+def test_the_automatic_choice_is_dense_where_that_is_faster():
+    tensors = inputs(s=1024)
+    pattern = fp.FlexPrefill(gamma=0.5, min_budget=128)
+    out = fp.prefill(*tensors, pattern)
+    torch.testing.assert_close(out, fp.attend(*tensors), rtol=0, atol=0)
+    asked = fp.prefill(*tensors, pattern, **named())
+    assert not torch.equal(out, asked)
+    audited, audit = fp.prefill(*tensors, pattern, audit=True)
+    torch.testing.assert_close(audited, asked, rtol=0, atol=0)
+    assert audit.mean_density < 1
 
 
 def test_packed_paged_and_chunked():
     q, k, v = inputs(s=1024)
     pattern = fp.FlexPrefill(min_budget=128)
-    whole = fp.prefill(q, k, v, pattern)
+    whole = fp.prefill(q, k, v, pattern, **named())
     starts = [0, 1024]
     packed = fp.prefill(
-        q[0], k[0], v[0], pattern, cu_seqlens_q=starts, cu_seqlens_kv=torch.tensor(starts)
+        q[0],
+        k[0],
+        v[0],
+        pattern,
+        cu_seqlens_q=starts,
+        cu_seqlens_kv=torch.tensor(starts),
+        **named(),
     )
     torch.testing.assert_close(packed[None], whole, rtol=0, atol=0)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
@@ -105,7 +128,7 @@ def test_packed_paged_and_chunked():
         for x in (k, v)
     )  # fmt: skip
     table = order[None].to(torch.int32).cuda()
-    paged = fp.prefill(q, pages_k, pages_v, pattern, page_table=table, seqlens_kv=[1024])
+    paged = fp.prefill(q, pages_k, pages_v, pattern, page_table=table, seqlens_kv=[1024], **named())
     torch.testing.assert_close(paged, whole, rtol=0, atol=0)
     chunk = fp.prefill(q[:, -300:], k, v, fp.Dense())
     close(chunk, fp.prefill(q, k, v, fp.Dense())[:, -300:], torch.bfloat16)
@@ -176,11 +199,11 @@ def test_nothing_waits():
 def test_cuda_graph(pattern):
     tensors = inputs(s=2048)
     other = inputs(s=2048, seed=1)
-    expected = [fp.prefill(*x, pattern, return_lse=True) for x in (tensors, other)]
+    expected = [fp.prefill(*x, pattern, return_lse=True, **named()) for x in (tensors, other)]
     static = [x.clone() for x in tensors]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, lse = fp.prefill(*static, pattern, return_lse=True)
+        out, lse = fp.prefill(*static, pattern, return_lse=True, **named())
         two_stages = fp.attend(*static, fp.select(*static[:2], pattern))
     for given, (expected_out, expected_lse) in zip((tensors, other), expected, strict=True):
         for x, y in zip(static, given, strict=True):
@@ -259,7 +282,7 @@ def test_other_frameworks(framework):
     module = pytest.importorskip(framework)
     tensors = inputs(s=1500, dtype=torch.float16)
     pattern = fp.FlexPrefill(min_budget=128)
-    expected, expected_lse = fp.prefill(*tensors, pattern, return_lse=True)
+    expected, expected_lse = fp.prefill(*tensors, pattern, return_lse=True, **named())
     if framework == "jax":
         if not any(device.platform == "gpu" for device in module.devices()):
             pytest.skip("JAX without a GPU")
