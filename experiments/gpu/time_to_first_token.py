@@ -3,8 +3,9 @@
 A prefill is what `generate` does before its first token: one forward pass over the prompt that
 fills a cache and computes the logits of the last token alone. Each length is read with torch's
 attention (cuDNN's kernel and FlashAttention-2's) and with FlexPrefill patched in, in turn and in
-one process; medians. Attention's share comes from a run of its own, with CUDA events around every
-layer's attention function; it counts what the function does, selection included.
+one process; medians. Attention's share comes from CUDA events around every layer's attention
+function; it counts what the function does, selection included. Up to 32k tokens a prefill that is
+not timed comes first.
 
 --shape builds a model with random weights in the shape of a known one: nothing is downloaded. Time
 outside attention does not depend on the weights, but which blocks are kept does. Random weights
@@ -58,6 +59,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 500000.0,
     },
 }
+LONG = 32 * K  # beyond that, the first prefill is timed
 DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
 
@@ -128,26 +130,25 @@ def attention_marks(model: Any, clock: Clock) -> Iterator[list[tuple[Any, Any]]]
 
 
 def measure(model: Any, ids: torch.Tensor, clock: Clock, repeat: int) -> dict[str, Any]:
-    """Times of whole prefills, and of the attention in one more."""
-    prefill(model, ids)
+    """Times of whole prefills and of the attention in them."""
+    if ids.shape[1] <= LONG:
+        prefill(model, ids)
     if clock.on_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    times = []
+    times, shares = [], []
     for _ in range(repeat):
-        start = clock.mark()
-        token = prefill(model, ids)
-        times.append(clock.between(start, clock.mark()))
-    with attention_marks(model, clock) as marks:
-        start = clock.mark()
-        prefill(model, ids)
-        whole = clock.between(start, clock.mark())
-    attention = sum(clock.between(*pair) for pair in marks)
+        with attention_marks(model, clock) as marks:
+            start = clock.mark()
+            token = prefill(model, ids)
+            times.append(clock.between(start, clock.mark()))
+        shares.append(sum(clock.between(*pair) for pair in marks) / times[-1])
+    ms, share = statistics.median(times), statistics.median(shares)
     return {
-        "ms": statistics.median(times),
+        "ms": ms,
         "times_ms": times,
-        "attention_ms": attention,
-        "attention_share": attention / whole,
+        "attention_ms": ms * share,
+        "attention_share": share,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if clock.on_gpu else None,
         "token": token.tolist(),
     }
@@ -159,7 +160,8 @@ def measure_length(
     """All ways to read one prompt."""
     clock = Clock(args.device)
     found: dict[str, Any] = {}
-    for name, backend in DENSE.items():
+    for name in args.dense:
+        backend = DENSE[name]
         try:
             with sdpa_kernel(backend if args.device == "cuda" else SDPBackend.MATH):
                 found[name] = measure(model, ids, clock, args.repeat)
@@ -222,6 +224,10 @@ def arguments() -> argparse.Namespace:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", type=Path, metavar="FOLDER", help="a Hugging Face model")
     model.add_argument("--shape", choices=list(SHAPES), help="random weights of this shape")
+    parser.add_argument("--dense", nargs="*", choices=list(DENSE), default=list(DENSE),
+                        help="torch's kernels to compare with")  # fmt: skip
+    parser.add_argument("--split-mlp", type=int, metavar="TOKENS",
+                        help="the MLP in pieces of so many tokens: less memory")  # fmt: skip
     parser.add_argument("--layers", type=int, help="of --shape; fewer fit less time")
     lengths = [8 * K, 16 * K, 32 * K, 64 * K, 128 * K]
     parser.add_argument("--tokens", type=int, nargs="+", default=lengths)
@@ -245,6 +251,8 @@ def run(args: argparse.Namespace) -> None:
     else:
         model, tokenizer = load_model(args.model, dtype)
         model.to(args.device)
+    if args.split_mlp is not None:
+        flex_prefill.split_mlp(model, args.split_mlp)
     config = model.config.get_text_config()
     report = run_description(torch, shlex.join(["python", *sys.argv]))
     report["card"] = torch.cuda.get_device_name() if args.device == "cuda" else None
@@ -255,6 +263,7 @@ def run(args: argparse.Namespace) -> None:
         "pattern": args.pattern,
         "cfg": cfg,
         "dtype": args.dtype,
+        "split_mlp": args.split_mlp,
     }
     report["rows"] = rows = []
     with torch.inference_mode():

@@ -62,6 +62,7 @@ __all__ = [
     "prefill",
     "prefill_workspace_size",
     "select",
+    "split_mlp",
     "unpatch_model",
 ]
 
@@ -80,6 +81,10 @@ def __getattr__(name: str) -> Any:
         from flex_prefill import patch
 
         return getattr(patch, name)
+    if name == "split_mlp":
+        from flex_prefill import split
+
+        return split.split_mlp
     if name == "collect_audits":
         from flex_prefill import hf  # imports transformers
 
