@@ -1,11 +1,14 @@
 // Calls of random shapes on two streams at once, each against the CPU backend.
-//   cuda_soak [calls = 100] [seed = 1]
+//   cuda_soak [calls = 100] [seed = 1] [seconds = 0]
+// seconds: ends after them with the calls made until then; 0: no limit. Most of the time is the CPU
+// backend's, so several processes of other seeds on a few cores each make more calls.
 // Ends with 0 and a line that sums up, 1 at the first mismatch, which it describes, 77 without a
 // device. The kept blocks may differ from the CPU's where scores lie within rounding of a
 // threshold: in less than one head of a hundred. Outputs are compared over the blocks that the
 // device kept.
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -249,7 +252,8 @@ class Slot {
   std::array<int64_t, 2> windows_{};
 };
 
-int soak(int64_t calls, uint32_t seed) {
+int soak(int64_t calls, uint32_t seed, int64_t seconds) {
+  const auto start = std::chrono::steady_clock::now();
   std::vector<Execution> executions = cuda_executions(Stage::kPrefill);
   if (executions.empty()) {
     std::printf("cuda_soak: no CUDA device\n");
@@ -259,7 +263,11 @@ int soak(int64_t calls, uint32_t seed) {
   Random random(seed);
   std::array<Slot, 2> slots;
   int64_t heads = 0, differing = 0;
-  for (int64_t n = 0; n < calls; n += 2) {
+  int64_t n = 0;
+  for (; n < calls; n += 2) {
+    if (seconds > 0 && std::chrono::steady_clock::now() - start > std::chrono::seconds(seconds)) {
+      break;
+    }
     for (Slot& slot : slots) {
       slot.stage(
           random_call(random, executions, static_cast<uint32_t>(random.between(1, 1 << 30))));
@@ -280,7 +288,7 @@ int soak(int64_t calls, uint32_t seed) {
   std::printf(
       "cuda_soak: %lld calls on two streams, outputs as the CPU's; kept blocks as the "
       "CPU's in %lld of %lld heads\n",
-      static_cast<long long>(calls), static_cast<long long>(heads - differing),
+      static_cast<long long>(n), static_cast<long long>(heads - differing),
       static_cast<long long>(heads));
   return differing * 100 <= heads ? 0 : 1;
 }
@@ -291,5 +299,6 @@ int soak(int64_t calls, uint32_t seed) {
 int main(int argc, char** argv) {
   const int64_t calls = argc > 1 ? std::atoll(argv[1]) : 100;
   const auto seed = static_cast<uint32_t>(argc > 2 ? std::atoll(argv[2]) : 1);
-  return flexprefill::testing::soak(calls, seed);
+  const int64_t seconds = argc > 3 ? std::atoll(argv[3]) : 0;
+  return flexprefill::testing::soak(calls, seed, seconds);
 }

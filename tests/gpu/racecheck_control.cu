@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cuda/barrier>
+#pragma nv_diag_suppress static_var_with_dynamic_init
 
 namespace {
 

@@ -14,9 +14,9 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-# Kernel, and a word of the statement that writes or reads: why what the tool reports is in order. It
-# is so by the order of the mbarriers; that the tool does not follow their parity waits is
-# what racecheck_control.cu is there to show (way 1 with hazards, ways 0 and 2 without).
+# Kernel, and a word of the statement that writes or reads: why what the tool reports is in order
+# by the mbarriers. That the tool does not follow their parity waits is what racecheck_control.cu
+# is there to show (way 1 with hazards, ways 0 and 2 without).
 KNOWN: dict[tuple[str, str], str] = {
     (
         "attend_sm90",
