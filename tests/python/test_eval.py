@@ -368,7 +368,27 @@ def test_a_pattern_that_does_not_run_is_no_result(
     monkeypatch.setattr("flex_prefill.hf._is_plain", lambda *_: False)
     where = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
     assert "no layer of the model ran" in failure([*RUN, *where, "--pattern", "flash"], capsys)
-    assert not (tmp_path / "out" / "results.json").exists()
+    assert not (tmp_path / "out").exists()
+
+
+@needs_lm_eval
+def test_the_last_pattern_is_checked_before_the_first_is_computed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps([{"0": ["stream_llm", 64, 64, 1.0]}] * 2))
+    arguments = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    arguments += [
+        "--pattern",
+        "default",
+        "minfer",
+        "--config",
+        "{}",
+        json.dumps({"path": str(other)}),
+    ]
+    assert "is of another model" in failure([*RUN, *arguments], capsys)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "data").exists()
 
 
 def test_the_quick_suites_check() -> None:

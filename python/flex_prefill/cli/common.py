@@ -329,5 +329,6 @@ def write_json(path: Path | None, report: dict[str, Any]) -> None:
     if str(path) == "-":
         sys.stdout.write(text)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    from flex_prefill.eval.data import write_atomically
+
+    write_atomically(path, text)

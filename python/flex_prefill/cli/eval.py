@@ -203,6 +203,8 @@ def _run(args: argparse.Namespace) -> None:
     torch, model, tokenizer = load_engine(args, folder)
     description = run_description(torch, args.command_line)
     context = context_of(model)
+    with torch.inference_mode():
+        runner.check_patterns(plan, model)
     identity = runner.model_identity(folder, model)
     runner.claim(args.out, {**identity, "chat_template": args.chat_template})
     with torch.inference_mode(), runner.progress_bar() as bar:

@@ -17,6 +17,11 @@ from typing import Any
 from flex_prefill.cli.common import CommandError, require
 from flex_prefill.eval.tasks import Sample, Task
 
+NOT_SPARSE = (
+    "no layer of the model ran under the pattern: docs/transformers.md says what "
+    "is left to a model's own attention (pattern 'default' evaluates that)"
+)
+
 
 class Journal:
     """Replies of one cell, one JSON line each, on the disk before the next is computed.
@@ -95,10 +100,7 @@ def make_lm(model: Any, tokenizer: Any, context: int) -> Any:
                 (reply,) = super().generate_until([request], disable_tqdm=True)
             audits = [audit for _, audit in collected]
             if self.must_be_sparse and not audits:
-                raise CommandError(
-                    "no layer of the model ran under the pattern: docs/transformers.md says what "
-                    "is left to a model's own attention (pattern 'default' evaluates that)"
-                )
+                raise CommandError(NOT_SPARSE)
             return {
                 "reply": reply,
                 "seconds": time.perf_counter() - start,

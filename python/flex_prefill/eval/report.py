@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import statistics
 from pathlib import Path
 from typing import Any
 
 from flex_prefill.cli.common import format_table, require
+from flex_prefill.eval.data import write_atomically
 
 Rows = list[dict[str, Any]]
 
@@ -175,7 +177,8 @@ def plot(rows: Rows, folder: Path) -> list[Path]:
             axes.spines[["top", "right"]].set_visible(False)
         panels[0][0].legend(frameon=False, fontsize=8)
         paths.append(folder / f"{kind}.png")
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(paths[-1], dpi=110)
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=110)
+        write_atomically(paths[-1], picture.getvalue())
         plt.close(figure)
     return paths

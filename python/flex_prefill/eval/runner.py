@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import flex_prefill
 from flex_prefill.cli.common import CommandError, require
 from flex_prefill.cli.models import NamedPattern
 from flex_prefill.eval import lm
@@ -81,6 +82,27 @@ def check(plan: Plan, context: int | None) -> None:
             "tasks without data ('flexprefill eval prepare' gets it where a network allows, "
             "--skip-missing leaves them out):\n  " + "\n  ".join(lines)
         )
+
+
+def check_patterns(plan: Plan, model: Any) -> None:
+    """Refuses a pattern that this model cannot have or that does not run on its device, before
+    any other is computed: each reads a few blocks once."""
+    torch = require("torch", "torch")
+    collect_audits = require("flex_prefill.hf", "transformers").collect_audits
+    # Of the smallest vocabulary too; more rows than any block size has.
+    ids = torch.arange(640, device=model.device)[None] % 16
+    try:
+        for pattern in plan.patterns:
+            try:
+                patch_model(model, pattern.name, pattern.config)
+                with collect_audits() as audits:
+                    model(input_ids=ids, use_cache=False, logits_to_keep=1)
+            except (ValueError, flex_prefill.UnsupportedError) as error:
+                raise CommandError(f"--pattern {pattern.label}: {error}") from None
+            if pattern.name != "default" and not audits:
+                raise CommandError(f"--pattern {pattern.label}: {lm.NOT_SPARSE}")
+    finally:
+        unpatch_model(model)
 
 
 def progress_bar(transient: bool = False) -> Any:
