@@ -99,10 +99,21 @@ __global__ void __launch_bounds__(kThreads)
     atomicAdd(&size[bucket_of(counted_item(i))], 1u);
   }
   __syncthreads();
-  for (uint32_t b = threadIdx.x; b < kOrderBuckets; b += kThreads) {
-    uint32_t before = 0;
-    for (uint32_t other = 0; other < b; ++other) before += size[other];
-    next[b] = before;
+  if (threadIdx.x < 32) {  // one warp: running sums of eight buckets a lane
+    constexpr uint32_t kEach = kOrderBuckets / 32;
+    const uint32_t first = threadIdx.x * kEach;
+    uint32_t own = 0;
+    for (uint32_t b = first; b < first + kEach; ++b) own += size[b];
+    uint32_t through = own;
+    for (uint32_t lanes = 1; lanes < 32; lanes *= 2) {
+      const uint32_t lower = __shfl_up_sync(0xffffffff, through, lanes);
+      if (threadIdx.x >= lanes) through += lower;
+    }
+    uint32_t before = through - own;
+    for (uint32_t b = first; b < first + kEach; ++b) {
+      next[b] = before;
+      before += size[b];
+    }
   }
   __syncthreads();
   WorkItem* items =
