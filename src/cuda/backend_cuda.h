@@ -21,6 +21,7 @@ struct DeviceInfo {
 // Of the current device; asked once a device. Throws Error(kUnsupported) naming card and driver
 // where they are too old, or no device is there.
 const DeviceInfo& device_info();
+bool overlaps_kernels();  // launch.cuh
 
 // src/select/select_cuda.cu: for both backends. `bits` and `audit` are device memory; `audit` is
 // nullptr or [b * h_q]. Pattern decisions as in pattern.h.

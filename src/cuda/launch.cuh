@@ -17,23 +17,66 @@ __device__ inline std::byte* shared_memory() {
   return reinterpret_cast<std::byte*>(flexprefill_shared_memory);
 }
 
-// `shared_bytes` may be up to the device's opt-in limit.
+// Whether the device starts a kernel before the one before it has ended (backend_cuda.cc): compute
+// capability 9.0, for which all kernels that overlap are compiled.
+bool overlaps_kernels();
+
+namespace launch_detail {
+
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
-            const Arguments&... arguments) {
+void launch(bool overlapped, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+            size_t shared_bytes, void* stream, const Arguments&... arguments) {
   if (shared_bytes > 48 * 1024) {
     cuda_check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                     cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(shared_bytes)),
                "shared memory of a kernel");
   }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = overlapped ? 1 : 0;
   cuda_check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...),
              "launch of a kernel");
+}
+
+}  // namespace launch_detail
+
+// `shared_bytes` may be up to the device's opt-in limit.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+            const Arguments&... arguments) {
+  launch_detail::launch(false, kernel, grid, block, shared_bytes, stream, arguments...);
+}
+
+// As launch. Where the device can, the kernel's thread blocks start when all of the kernel before
+// have called start_next_kernel() or ended; that hides the time of a launch. Every thread of such a
+// kernel calls await_previous_kernel() before it touches what earlier kernels of the stream write or
+// read, and before it ends: so the kernels after it can rely on all that came before.
+template <typename... Parameters, typename... Arguments>
+void launch_overlapped(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                       void* stream, const Arguments&... arguments) {
+  launch_detail::launch(overlaps_kernels(), kernel, grid, block, shared_bytes, stream,
+                        arguments...);
+}
+
+__device__ inline void await_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// After await_previous_kernel(), or else the next kernel but one could meet this one.
+__device__ inline void start_next_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 // 2^x, relative error 2^-22; -inf gives 0.

@@ -50,6 +50,12 @@ void set_up();
 void run_grid(Index3 grid, Index3 block, size_t shared_bytes, const std::function<void()>& body);
 bool running();
 
+// Around a thread of a kernel that may start before the one before it has ended: fails where the
+// thread did not await it.
+void begin_overlapped();
+void await_previous();
+void end_overlapped();
+
 // Ends the running thread's grid with an error.
 [[noreturn]] void fail(const std::string& message, Where where);
 

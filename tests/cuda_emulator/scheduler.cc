@@ -63,6 +63,7 @@ struct Fiber {
   Where where;
   std::function<bool()> condition;  // of wait_until
   ThreadCopies copies;
+  bool awaited_previous = false;
 };
 
 struct Meeting {
@@ -402,6 +403,14 @@ void run_grid(Index3 grid, Index3 block, size_t shared_bytes, const std::functio
   device.running = false;
   if (device.failed) {
     throw flexprefill::Error(flexprefill::ErrorCode::kInternal, "CUDA emulator: " + device.error);
+  }
+}
+
+void begin_overlapped() { device.block.fibers[device.current].awaited_previous = false; }
+void await_previous() { device.block.fibers[device.current].awaited_previous = true; }
+void end_overlapped() {
+  if (!device.block.fibers[device.current].awaited_previous) {
+    fail("a thread that ends without await_previous_kernel()", Where::current());
   }
 }
 

@@ -27,6 +27,25 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   });
 }
 
+// Kernels do not overlap here; but a thread that ends without having awaited the kernel before is an
+// error.
+template <typename... Parameters, typename... Arguments>
+void launch_overlapped(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                       void* stream, const Arguments&... arguments) {
+  const std::tuple<Parameters...> parameters(static_cast<Parameters>(arguments)...);
+  cuda_emulator::on_stream(static_cast<cudaStream_t>(stream), [=] {
+    cuda_emulator::run_grid({grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared_bytes,
+                            [&] {
+                              cuda_emulator::begin_overlapped();
+                              std::apply(kernel, parameters);
+                              cuda_emulator::end_overlapped();
+                            });
+  });
+}
+
+inline void await_previous_kernel() { cuda_emulator::await_previous(); }
+inline void start_next_kernel() {}
+
 inline float exp2_approx(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126F ? 0.0F : y;  // results and arguments that are subnormal count as 0
