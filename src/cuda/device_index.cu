@@ -1,5 +1,5 @@
-// CSR from bits: the blocks of each group of rows are counted, the counts summed up, and every
-// group writes its rows from there. Bits from CSR: a warp writes a row.
+// CSR from bits: the blocks of each group of rows are counted; then every group adds up the counts of
+// those before it and writes its rows from there. Bits from CSR: a warp writes a row.
 #include "cuda/device_index.h"
 
 #include <algorithm>
@@ -13,9 +13,15 @@ constexpr int kWarp = 32;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kRowsPerGroup = 256;  // a CTA's
+// Rows of a group, a CTA's: few, as a row takes a warp a chain of dependent loads; but at most
+// kMostGroups groups, as each reads the counts of all.
+constexpr int kLeastRows = 32;
+constexpr int64_t kMostGroups = 2048;
 
-int64_t group_count(int64_t rows) { return (rows + kRowsPerGroup - 1) / kRowsPerGroup; }
+int64_t group_rows(int64_t rows) {
+  return std::max<int64_t>(kLeastRows, (rows + kMostGroups - 1) / kMostGroups);
+}
+int64_t group_count(int64_t rows) { return (rows + group_rows(rows) - 1) / group_rows(rows); }
 
 __device__ inline int lane_id() { return static_cast<int>(threadIdx.x) % kWarp; }
 __device__ inline int warp_id() { return static_cast<int>(threadIdx.x) / kWarp; }
@@ -68,70 +74,83 @@ __device__ inline int64_t row_count(const uint64_t* words, int32_t n) {
   return warp_sum(count);
 }
 
+// The sum of `value` over a CTA; scratch [kWarps]. Every thread gets it.
+__device__ inline int64_t cta_sum(int64_t value, int64_t* scratch) {
+  value = warp_sum(value);
+  if (lane_id() == 0) scratch[warp_id()] = value;
+  __syncthreads();
+  value = 0;
+  for (int w = 0; w < kWarps; ++w) value += scratch[w];
+  __syncthreads();
+  return value;
+}
+
 // indptr[r + 1] = kept blocks of row r; sums[g] = those of group g's rows.
 __global__ void __launch_bounds__(kThreads)
-    count_rows(const __grid_constant__ DeviceProblem problem, const uint64_t* bits, int64_t* indptr,
-               int64_t* sums) {
-  auto* warp_sums = reinterpret_cast<int64_t*>(shared_memory());  // [kWarps]
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kRowsPerGroup;
+    count_rows(const __grid_constant__ DeviceProblem problem, const uint64_t* bits, int64_t rows,
+               int64_t* indptr, int64_t* sums) {
+  await_previous_kernel();
+  start_next_kernel();
+  auto* scratch = reinterpret_cast<int64_t*>(shared_memory());  // [kWarps]
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * rows;
   int64_t sum = 0;
-  for (int i = warp_id(); i < kRowsPerGroup && first + i < problem.index_rows; i += kWarps) {
+  for (int64_t i = warp_id(); i < rows && first + i < problem.index_rows; i += kWarps) {
     const IndexRow row = find_row(problem, first + i);
     const int64_t count = row_count(bits + row.first_word, row.words);
-    if (lane_id() == 0) indptr[first + i + 1] = count;
-    sum += count;
+    if (lane_id() == 0) {
+      indptr[first + i + 1] = count;
+      sum += count;
+    }
   }
-  if (lane_id() == 0) warp_sums[warp_id()] = sum;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int w = 1; w < kWarps; ++w) sum += warp_sums[w];
-    sums[blockIdx.x] = sum;
+  sum = cta_sum(sum, scratch);
+  if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+
+// The kept blocks of a row from indices[0] on; the whole warp calls it.
+__device__ inline void write_row(const uint64_t* words, int32_t n, int32_t* indices) {
+  const uint64_t low = uint64_t{1} << lane_id(), high = low << kWarp;  // a lane's two bits
+#pragma unroll 4
+  for (int32_t w = 0; w < n; ++w) {
+    const uint64_t word = words[w];
+    if ((word & low) != 0) indices[__popcll(word & (low - 1))] = w * 64 + lane_id();
+    if ((word & high) != 0) indices[__popcll(word & (high - 1))] = w * 64 + kWarp + lane_id();
+    indices += __popcll(word);
   }
 }
 
-// sums[g] becomes the sum over the groups below g. One warp.
-__global__ void __launch_bounds__(kWarp) sum_groups(int64_t* sums, int64_t groups) {
-  int64_t below = 0;
-  for (int64_t first = 0; first < groups; first += kWarp) {
-    const int64_t g = first + lane_id();
-    const int64_t value = g < groups ? sums[g] : 0;
-    const int64_t sum = below + warp_sum_below(value);
-    if (g < groups) sums[g] = sum;
-    below = __shfl_sync(kWholeWarp, sum + value, kWarp - 1);
-  }
-}
-
-// Turns the counts in indptr into starts and writes the rows there.
+// Turns the counts of group blockIdx.x in indptr into starts and writes its rows there.
 __global__ void __launch_bounds__(kThreads)
-    write_rows(const __grid_constant__ DeviceProblem problem, const uint64_t* bits,
+    write_rows(const __grid_constant__ DeviceProblem problem, const uint64_t* bits, int64_t rows,
                const int64_t* sums, int64_t* indptr, int32_t* indices) {
-  auto* starts = reinterpret_cast<int64_t*>(shared_memory());  // [kRowsPerGroup]
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kRowsPerGroup;
-  if (warp_id() == 0) {
-    int64_t below = sums[blockIdx.x];
-    for (int i = lane_id(); i < kRowsPerGroup; i += kWarp) {
-      const int64_t r = first + i;
-      const int64_t count = r < problem.index_rows ? indptr[r + 1] : 0;
-      starts[i] = below + warp_sum_below(count);
-      if (r < problem.index_rows) indptr[r + 1] = starts[i] + count;
-      below = __shfl_sync(kWholeWarp, starts[i] + count, kWarp - 1);
+  await_previous_kernel();
+  start_next_kernel();
+  auto* scratch = reinterpret_cast<int64_t*>(shared_memory());  // [kWarps]
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * rows;
+  int64_t below = 0;
+  for (int64_t g = threadIdx.x; g < blockIdx.x; g += kThreads) below += sums[g];
+  below = cta_sum(below, scratch);
+  const int64_t group_start = below;
+  if (blockIdx.x == 0 && threadIdx.x == 0) indptr[0] = 0;
+  for (int64_t begin = 0; begin < rows; begin += kThreads) {  // mostly one round
+    const int64_t r = first + begin + threadIdx.x;
+    const bool there = begin + threadIdx.x < rows && r < problem.index_rows;
+    const int64_t count = there ? indptr[r + 1] : 0;
+    const int64_t in_warp = warp_sum_below(count);
+    if (lane_id() == kWarp - 1) scratch[warp_id()] = in_warp + count;
+    __syncthreads();
+    int64_t start = below + in_warp;
+    for (int w = 0; w < kWarps; ++w) {
+      if (w < warp_id()) start += scratch[w];
+      below += scratch[w];
     }
-    if (blockIdx.x == 0 && lane_id() == 0) indptr[0] = 0;
+    if (there) indptr[r + 1] = start + count;
+    __syncthreads();
   }
-  __syncthreads();
-  for (int i = warp_id(); i < kRowsPerGroup && first + i < problem.index_rows; i += kWarps) {
+  for (int64_t i = warp_id(); i < rows && first + i < problem.index_rows; i += kWarps) {
     const IndexRow row = find_row(problem, first + i);
-    int64_t start = starts[i];
-    for (int32_t chunk = 0; chunk < row.words; chunk += kWarp) {
-      const int32_t w = chunk + lane_id();
-      uint64_t left = w < row.words ? bits[row.first_word + w] : 0;
-      const int64_t count = __popcll(left);
-      const int64_t below = warp_sum_below(count);
-      for (int32_t* to = indices + start + below; left != 0; left &= left - 1) {
-        *to++ = w * 64 + __ffsll(static_cast<long long>(left)) - 1;
-      }
-      start += __shfl_sync(kWholeWarp, below + count, kWarp - 1);
-    }
+    // Another CTA may just be writing the end of the row before the group's first.
+    const int64_t start = i > 0 ? indptr[first + i] : group_start;
+    write_row(bits + row.first_word, row.words, indices + start);
   }
 }
 
@@ -161,18 +180,17 @@ int64_t* lay_out_csr_sums(int64_t index_rows, Arena& arena) {
 
 void bits_to_csr(const DeviceProblem& problem, const uint64_t* bits, int64_t* sums,
                  const DeviceBlockIndex& index, void* stream) {
-  const int64_t groups = group_count(problem.index_rows);
+  const int64_t groups = group_count(problem.index_rows), rows = group_rows(problem.index_rows);
   if (groups == 0) {  // an empty batch
     cuda_check(cudaMemsetAsync(index.indptr, 0, sizeof(int64_t), static_cast<cudaStream_t>(stream)),
                "index");
     return;
   }
   const dim3 grid(static_cast<unsigned>(groups));
-  launch(count_rows, grid, dim3(kThreads), kWarps * sizeof(int64_t), stream, problem, bits,
-         index.indptr, sums);
-  launch(sum_groups, dim3(1), dim3(kWarp), 0, stream, sums, groups);
-  launch(write_rows, grid, dim3(kThreads), kRowsPerGroup * sizeof(int64_t), stream, problem, bits,
-         sums, index.indptr, index.indices);
+  launch_overlapped(count_rows, grid, dim3(kThreads), kWarps * sizeof(int64_t), stream, problem,
+                    bits, rows, index.indptr, sums);
+  launch_overlapped(write_rows, grid, dim3(kThreads), kWarps * sizeof(int64_t), stream, problem,
+                    bits, rows, sums, index.indptr, index.indices);
 }
 
 void csr_to_bits(const DeviceProblem& problem, const DeviceBlockIndex& index, uint64_t* bits,
