@@ -9,12 +9,15 @@ set(FLEXPREFILL_CUDA_ARCHITECTURES 80 86-real 89-real 90a-real CACHE STRING
   "Cards to compile for; fewer compile faster. The Hopper kernel is always compiled for 90a")
 set(flexprefill_cuda_sources
   src/attend/attend_sm80.cu
-  src/cuda/device_index.cu
   src/cuda/device_problem.cu)
-# Cards of 8.6 and 8.9 run select's code for 8.0: compiled for them, it lacks a register.
-set(flexprefill_select_sources src/select/select_cuda.cu)
+# Cards of 8.6 and 8.9 run select's code for 8.0: compiled for them, it lacks a register. Always for
+# 90a too: launch_overlapped counts on code for it.
+set(flexprefill_select_sources
+  src/cuda/device_index.cu
+  src/select/select_cuda.cu)
 string(REGEX REPLACE "8[1-9]" "80" flexprefill_select_architectures
   "${FLEXPREFILL_CUDA_ARCHITECTURES}")
+list(APPEND flexprefill_select_architectures 90a-real)
 list(REMOVE_DUPLICATES flexprefill_select_architectures)
 if("80" IN_LIST flexprefill_select_architectures)
   list(REMOVE_ITEM flexprefill_select_architectures 80-real)

@@ -68,6 +68,19 @@ TEST(TakeLargest, AgreesWithASort) {
   }
 }
 
+TEST(FixedMass, IsTheRoundedProduct) {
+  std::mt19937 random(7);
+  std::uniform_real_distribution<double> exponent(-60, 22);
+  for (int trial = 0; trial < 100000; ++trial) {
+    const auto x = static_cast<float>(std::exp2(exponent(random)));
+    ASSERT_EQ(fixed_mass(x), static_cast<uint64_t>(std::floor(std::ldexp(double{x}, 40) + 0.5)));
+  }
+  EXPECT_EQ(fixed_mass(0.0f), 0);
+  EXPECT_EQ(fixed_mass(1e-40f), 0);
+  EXPECT_EQ(fixed_mass(std::ldexp(1.0f, -41)), 1);
+  EXPECT_EQ(fixed_mass(std::nextafter(std::ldexp(1.0f, -41), 0.0f)), 0);
+}
+
 TEST(Cover, CountsOneMoreThanFits) {
   Histogram histogram;
   const std::vector<float> x{0.125f, 0.5f, 0.25f, 0.125f};
@@ -113,6 +126,18 @@ TEST(JsdSqrt, KnownValues) {
   // 1/2 (log 4/3 + 1/2 log 2/3 + 1/2 log 2)
   const double half = (std::log(4.0 / 3) + 0.5 * std::log(2.0 / 3) + 0.5 * std::log(2.0)) / 2;
   EXPECT_NEAR(jsd_sqrt(one.data(), even.data(), 4), std::sqrt(half), 1e-7);
+}
+
+TEST(BlockSums, AddLanesAsAWarp) {
+  // Lane 0 holds entries 0 and 32, lane 16 entry 16: 1 is lost beside 2^60 unless those two are
+  // added first.
+  std::vector<float> x(40, 0.0f);
+  x[0] = std::ldexp(1.0f, 60);
+  x[32] = -x[0];
+  x[16] = 1;
+  EXPECT_EQ(warp_order_sum(x.data(), 40), 1);
+  std::swap(x[16], x[32]);
+  EXPECT_EQ(warp_order_sum(x.data(), 40), 0);
 }
 
 TEST(BlockSums, LastBlockMayBeRagged) {

@@ -16,8 +16,10 @@ struct ChoiceInput {
   int32_t block_size = 64;
   FlexPrefill pattern;
   std::vector<float> vertical, slash;  // [s_kv]
-  std::vector<float> q_means;          // [n_q, 16]
+  std::vector<float> pooled;           // [n_kv]: logits in units of log2
+  std::vector<float> q;                // [n_q, 16]: that of every row of a query block
   std::vector<float> k_means;          // [n_kv, 16]
+  int64_t small_map = 256;             // key blocks of a map that one thread block decides
 };
 
 struct ChoiceResult {
@@ -33,11 +35,11 @@ struct ChoiceResult {
 bool has_device();
 ChoiceResult choose_on_device(const ChoiceInput& input);
 
-// take_largest of pattern.h by a thread block, and the entries 1 .. that are taken if entry 0 is
-// left out, by a warp.
+// take_largest of pattern.h by a thread block, and the entries that are taken as bits [words], in
+// their order and from the last to the first.
 struct TakenOnDevice {
   Taken taken;
-  std::vector<uint8_t> entries;  // [size - 1]
+  std::vector<uint64_t> bits, reversed;
 };
 TakenOnDevice take_on_device(const std::vector<float>& x, Weight weight, uint64_t limit);
 

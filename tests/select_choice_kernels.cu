@@ -1,6 +1,6 @@
 #include <cuda_runtime_api.h>
 
-#include <algorithm>
+#include <bit>
 #include <numbers>
 
 #include "cuda/cuda_check.h"
@@ -52,35 +52,15 @@ class DeviceArrays {
 };
 
 static __global__ void __launch_bounds__(kChooseThreads)
-    take_kernel(const float* x, int64_t size, Weight weight, uint64_t limit, Taken* taken) {
-  auto& shared = *reinterpret_cast<TakeShared<kChooseThreads>*>(shared_memory());
-  const Taken result = take_largest_cta<kChooseThreads>(x, size, weight, limit, shared);
+    take_kernel(const float* x, int64_t size, Weight weight, uint64_t limit, Taken* taken,
+                uint64_t* bits) {
+  auto& shared = *reinterpret_cast<ChooseShared*>(shared_memory());
+  const Taken result = take_largest_cta<kChooseThreads>(x, size, weight, limit, shared.take);
   if (threadIdx.x == 0) *taken = result;
-}
-
-static __global__ void flag_taken_kernel(const float* x, int64_t size, const Taken* taken,
-                                         uint8_t* flags) {
-  for_each_taken_warp(x, size, *taken, [&](int64_t e) { flags[e - 1] = 1; });
-}
-
-// The map whose masses the sweeps see: [n_q, n_kv].
-static __global__ void __launch_bounds__(kMapThreads)
-    read_map_kernel(const SelectProblem select, int32_t row_tiles, int32_t words, float* map) {
-  auto& shared = *reinterpret_cast<MapShared*>(shared_memory());
-  const DeviceSequence& sequence = select.problem.sequences[0];
-  const MapTile tile(select, blockIdx.x, row_tiles, words);
-  float scores[4][4] = {};
-  map_scores(select, tile, sequence, shared, scores);
-  map_masses(select, tile, sequence, last_share(select, sequence), scores);
-  const auto thread = static_cast<int32_t>(threadIdx.x);
-  for (int32_t a = 0; a < 4; ++a) {
-    for (int32_t b = 0; b < 4; ++b) {
-      const int32_t r = tile.q_block + thread / 16 + 16 * a;
-      const int32_t j = tile.k_word * kMapTile + thread % 16 + 16 * b;
-      if (r < sequence.n_q && j < sequence.n_kv) {
-        map[static_cast<int64_t>(r) * sequence.n_kv + j] = scores[a][b];
-      }
-    }
+  const auto value = [&](int64_t e) { return x[e]; };
+  for (const bool reversed : {false, true}) {
+    write_taken_bits<kChooseThreads>(size, result, reversed, value, shared.ties,
+                                     bits + (reversed ? (size + 63) / 64 : 0));
   }
 }
 
@@ -95,19 +75,13 @@ bool has_device() {
 
 TakenOnDevice take_on_device(const std::vector<float>& x, Weight weight, uint64_t limit) {
   DeviceArrays arrays;
-  const float* scores = arrays.put(x);
-  const auto size = static_cast<int64_t>(x.size());
-  auto* taken = arrays.take<Taken>(2);
-  uint8_t* flags = arrays.put(std::vector<uint8_t>(x.size(), 0));
-  const size_t shared = sizeof(TakeShared<kChooseThreads>);
-  launch(take_kernel, dim3(1), dim3(kChooseThreads), shared, nullptr, scores, size, weight, limit,
-         taken);
-  launch(take_kernel, dim3(1), dim3(kChooseThreads), shared, nullptr, scores + 1, size - 1, weight,
-         limit, taken + 1);
-  launch(flag_taken_kernel, dim3(1), dim3(32), 0, nullptr, scores, size, taken + 1, flags);
-  TakenOnDevice result{DeviceArrays::get(taken, 1)[0], DeviceArrays::get(flags, x.size())};
-  result.entries.pop_back();
-  return result;
+  const auto size = static_cast<int64_t>(x.size()), words = (size + 63) / 64;
+  auto* taken = arrays.take<Taken>(1);
+  auto* bits = arrays.take<uint64_t>(2 * words);
+  launch(take_kernel, dim3(1), dim3(kChooseThreads), sizeof(ChooseShared), nullptr, arrays.put(x),
+         size, weight, limit, taken, bits);
+  return {DeviceArrays::get(taken, 1)[0], DeviceArrays::get(bits, words),
+          DeviceArrays::get(bits + words, words)};
 }
 
 ChoiceResult choose_on_device(const ChoiceInput& input) {
@@ -126,6 +100,7 @@ ChoiceResult choose_on_device(const ChoiceInput& input) {
   sequence.words_per_row = narrow(words);
   SelectSequence plan{};
   plan.chunks = 1;
+  plan.slices = narrow((input.lengths.s_kv + kSliceEntries - 1) / kSliceEntries);
   plan.probe_rows = narrow(probe.rows);
   plan.probe_first_row = narrow(probe.first_row);
   plan.probe_position = narrow(probe.position);
@@ -135,8 +110,16 @@ ChoiceResult choose_on_device(const ChoiceInput& input) {
 
   SelectProblem select{};
   DeviceProblem& problem = select.problem;
-  // Queries of 1/2 in every column.
-  const std::vector<uint16_t> q(input.lengths.s_q * kHeadDim, 0x3f00);
+  // Rows of one query block are alike.
+  std::vector<uint16_t> q(input.lengths.s_q * kHeadDim);
+  for (int64_t i = 0; i < input.lengths.s_q; ++i) {
+    const int64_t position = input.lengths.s_kv - input.lengths.s_q + i;
+    const int64_t row = position / input.block_size - grid.first_q_block;
+    for (int64_t c = 0; c < kHeadDim; ++c) {
+      const float x = input.q.empty() ? 0.5f : input.q[row * kHeadDim + c];
+      q[i * kHeadDim + c] = static_cast<uint16_t>(std::bit_cast<uint32_t>(x) >> 16);
+    }
+  }
   problem.q = {.data = reinterpret_cast<std::byte*>(arrays.put(q)),
                .sequence_stride = 0,
                .row_stride = kHeadDim,
@@ -162,25 +145,24 @@ ChoiceResult choose_on_device(const ChoiceInput& input) {
   select.slash = arrays.put(input.slash);
   select.vertical_block = arrays.take<float>(grid.n_kv);
   select.slash_block = arrays.take<float>(grid.n_kv);
-  select.pooled = arrays.take<float>(2 * grid.n_kv);
+  select.pooled = arrays.put(input.pooled);
   select.k_means = arrays.put(input.k_means);
   select.choices = arrays.take<HeadChoice>(1);
+  select.tickets = arrays.put(std::vector<uint32_t>(2));
+  select.parts = arrays.take<CoverPart>(2 * plan.slices);
   select.vertical_bits = arrays.take<uint64_t>(words);
-  select.slash_bits = arrays.take<uint64_t>(words);
+  select.slash_bits = arrays.take<uint64_t>(2 * words);
   select.map_heads = arrays.take<int32_t>(1);
   select.map_count = arrays.put(std::vector<int32_t>{0});
   select.map_states = arrays.take<MapState>(1);
-  select.histograms = arrays.take<Histogram>(1);
-  select.row_offsets = arrays.take<float>(grid.n_q);
-  select.tile_stats = arrays.take<float2>(grid.n_q * words);
-  select.tile_ties = arrays.take<uint8_t>(grid.n_q * words);
-  select.bits = arrays.put(std::vector<uint64_t>(grid.n_q * words, 0));
+  select.map_sums = arrays.take<MapSums>(1);
+  select.map_room = causal_blocks(grid);
+  select.maps = arrays.take<float>(select.map_room);
+  select.bits = arrays.take<uint64_t>(grid.n_q * words);
 
-  const auto pieces = narrow((input.lengths.s_kv + kFinishEntries - 1) / kFinishEntries);
-  launch(finish_scores_kernel, dim3(2 * pieces), dim3(kFinishThreads), kFinishSharedBytes, nullptr,
-         select, pieces);
-  launch(choose_kernel<__nv_bfloat16>, dim3(2), dim3(kChooseThreads), sizeof(ChooseShared), nullptr,
-         select);
+  launch(plan.slices > 1 ? choose_kernel<true> : choose_kernel<false>,
+         dim3(static_cast<uint32_t>(2 * plan.slices)), dim3(kChooseThreads), sizeof(ChooseShared),
+         nullptr, select, plan.slices);
   ChoiceResult result;
   result.choice = DeviceArrays::get(select.choices, 1)[0];
   result.vertical_block = DeviceArrays::get(select.vertical_block, grid.n_kv);
@@ -190,26 +172,21 @@ ChoiceResult choose_on_device(const ChoiceInput& input) {
   result.slash_bits = DeviceArrays::get(select.slash_bits, words);
   if (result.choice.pattern != HeadPattern::kQueryAware) return result;
 
-  // The means of the queries are made, then the test's own put in their place.
-  select.q_means = arrays.take<float>(grid.n_q * kHeadDim);
-  launch(map_means_kernel<__nv_bfloat16>, dim3(2), dim3(kMapThreads),
-         kMapThreads * 8 * sizeof(float), nullptr, select);
-  select.q_means = arrays.put(input.q_means);
-  const auto row_tiles = narrow((grid.n_q + kMapTile - 1) / kMapTile);
-  for (const MapSweep sweep : {MapSweep::kStats, MapSweep::kLevel0, MapSweep::kLevel1,
-                               MapSweep::kLevel2, MapSweep::kTies, MapSweep::kKeep}) {
-    launch(map_sweep_kernel, dim3(3), dim3(kMapThreads), sizeof(MapShared), nullptr, select, sweep,
-           row_tiles, narrow(words));
+  const auto strips = narrow((grid.n_q + kMapRows - 1) / kMapRows);
+  const bool small = grid.n_kv <= input.small_map;
+  launch(map_rows_kernel<__nv_bfloat16>, dim3(3), dim3(kMapThreads), sizeof(MapShared), nullptr,
+         select, 0, strips, small);
+  if (!small) {
+    const auto pieces = narrow((select.map_room + kMapPiece - 1) / kMapPiece);
+    for (const int32_t level : {1, 2}) {
+      launch(map_level_kernel, dim3(2), dim3(kMapThreads), sizeof(MapShared), nullptr, select, 0,
+             level, pieces);
+    }
+    launch(map_keep_kernel, dim3(2), dim3(kMapThreads), sizeof(MapShared), nullptr, select, 0,
+           narrow((grid.n_q + kMapKeepRows - 1) / kMapKeepRows));
   }
   result.kept = DeviceArrays::get(select.bits, grid.n_q * words);
-  auto* map = arrays.take<float>(grid.n_q * grid.n_kv);
-  launch(read_map_kernel, dim3(static_cast<uint32_t>(row_tiles * words)), dim3(kMapThreads),
-         sizeof(MapShared), nullptr, select, row_tiles, narrow(words), map);
-  const std::vector<float> square = DeviceArrays::get(map, grid.n_q * grid.n_kv);
-  for (int64_t r = 0; r < grid.n_q; ++r) {
-    const auto row = square.begin() + r * grid.n_kv;
-    result.map.insert(result.map.end(), row, row + grid.first_q_block + r + 1);
-  }
+  result.map = DeviceArrays::get(select.maps, select.map_room);
   return result;
 }
 

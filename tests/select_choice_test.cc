@@ -54,10 +54,15 @@ TEST_F(SelectChoice, TakesTheSameEntries) {
         EXPECT_EQ(got.taken.count, want.count);
         EXPECT_EQ(got.taken.threshold, want.threshold);
         EXPECT_EQ(got.taken.ties, want.ties);
-        Taken rest = take_largest(x.data() + 1, size - 1, weight, limit, &histogram);
-        for (int64_t e = 1; e < size; ++e) {
-          ASSERT_EQ(got.entries[e - 1] != 0, rest.takes(x[e])) << "entry " << e;
+        Taken rest = want;
+        std::vector<uint64_t> bits(got.bits.size()), reversed(bits);
+        for (int64_t e = 0; e < size; ++e) {
+          if (!rest.takes(x[e])) continue;
+          set_bit(bits.data(), e);
+          set_bit(reversed.data(), size - 1 - e);
         }
+        EXPECT_EQ(got.bits, bits);
+        EXPECT_EQ(got.reversed, reversed);
       }
     }
   }
@@ -73,7 +78,10 @@ ChoiceInput choice_input(std::mt19937& random, SequenceLengths lengths, int32_t 
   // Few values, so that many entries of a map tie.
   std::uniform_int_distribution<int> value(0, 3);
   for (int64_t e = 0; e < 16 * grid.n_q; ++e) {
-    input.q_means.push_back(flat ? 0.0f : 0.5f * static_cast<float>(value(random)));
+    input.q.push_back(flat ? 0.0f : 0.5f * static_cast<float>(value(random)));
+  }
+  for (int64_t e = 0; e < grid.n_kv; ++e) {
+    input.pooled.push_back(static_cast<float>(value(random)));
   }
   for (int64_t e = 0; e < 16 * grid.n_kv; ++e) {
     input.k_means.push_back(0.25f * static_cast<float>(value(random)));
@@ -85,7 +93,7 @@ TEST_F(SelectChoice, ChoosesTheSameBlocks) {
   std::mt19937 random(2);
   Histogram histogram;
   const std::vector<std::pair<SequenceLengths, int32_t>> shapes{
-      {{300, 300}, 64}, {{2100, 2177}, 32}, {{9000, 9000}, 128}};
+      {{300, 300}, 64}, {{2100, 2177}, 32}, {{9000, 9000}, 128}, {{20000, 20011}, 32}};
   for (const auto& [lengths, block_size] : shapes) {
     for (const bool flat : {false, true}) {
       ChoiceInput input = choice_input(random, lengths, block_size, flat);
@@ -127,6 +135,8 @@ TEST_F(SelectChoice, KeepsTheSameBlocksOfAMap) {
       for (const float gamma : {0.2f, 0.5f, 0.9f, 1.0f}) {
         SCOPED_TRACE("s_kv " + std::to_string(lengths.s_kv) + " gamma " + std::to_string(gamma));
         input.pattern.gamma = gamma;
+        // By one thread block, and by many.
+        input.small_map = gamma == 0.5f || lengths.s_q == 300 ? 256 : 0;
         const ChoiceResult got = choose_on_device(input);
         ASSERT_EQ(got.choice.pattern, HeadPattern::kQueryAware);
         const BlockGrid grid = block_grid(lengths, 64);

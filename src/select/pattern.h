@@ -37,9 +37,21 @@ enum class Weight {
 // Room for a total mass of 2^23.
 constexpr double kMassUnits = 1099511627776.0;  // 2^40
 
+// x in these units, rounded: mass_digits(bits of x) << mass_places(exponent of x). Whoever adds up
+// entries of one exponent can add their digits, which are below 2^24.
+FLEXPREFILL_HOST_DEVICE inline int mass_places(uint32_t exponent) {
+  return exponent > 110 ? static_cast<int>(exponent) - 110 : 0;
+}
+FLEXPREFILL_HOST_DEVICE inline uint32_t mass_digits(uint32_t bits) {
+  const uint32_t exponent = bits >> 23;
+  const uint32_t mantissa = (bits & 0x7fffffu) | 0x800000u;
+  if (exponent >= 110) return mantissa;
+  const uint32_t below = 110 - exponent;  // binary places below the unit
+  return below > 24 ? 0 : (mantissa + (1u << (below - 1))) >> below;
+}
 FLEXPREFILL_HOST_DEVICE inline uint64_t fixed_mass(float x) {
-  // x is not negative. NOLINTNEXTLINE(bugprone-incorrect-roundings)
-  return static_cast<uint64_t>(static_cast<double>(x) * kMassUnits + 0.5);
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  return static_cast<uint64_t>(mass_digits(bits)) << mass_places(bits >> 23);
 }
 
 // The limit that stands for the share gamma of a total mass `total`. All of it has no limit: what
@@ -171,14 +183,23 @@ FLEXPREFILL_HOST_DEVICE inline int64_t cover_blocks(int64_t cover_count, int64_t
 
 // ---- Which pattern --------------------------------------------------------------------------
 
+// x[0] + ... + x[size - 1] in double precision, in the order in which a warp adds: lane l takes
+// entries l, l + 32, ..., then lanes 16, 8, 4, 2 and 1 apart are added.
+FLEXPREFILL_HOST_DEVICE inline double warp_order_sum(const float* x, int64_t size) {
+  double lanes[32] = {};
+  for (int64_t e = 0; e < size; ++e) lanes[e % 32] += static_cast<double>(x[e]);
+  for (int width = 16; width > 0; width /= 2) {
+    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  }
+  return lanes[0];
+}
+
 // sums[s] = x[sB] + ... + x[min((s + 1) B, size) - 1]
 FLEXPREFILL_HOST_DEVICE inline void block_sums(const float* x, int64_t size, int64_t block_size,
                                                float* sums) {
   for (int64_t begin = 0; begin < size; begin += block_size) {
     const int64_t end = begin + block_size < size ? begin + block_size : size;
-    double sum = 0;
-    for (int64_t e = begin; e < end; ++e) sum += static_cast<double>(x[e]);
-    sums[begin / block_size] = static_cast<float>(sum);
+    sums[begin / block_size] = static_cast<float>(warp_order_sum(x + begin, end - begin));
   }
 }
 

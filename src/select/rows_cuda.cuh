@@ -10,16 +10,24 @@ namespace flexprefill {
 // Entries of the table that one launch carries: as kernel parameters they need no host memory when
 // a CUDA graph replays.
 struct SequenceEntries {
-  static constexpr int kEntries = 32;
+  static constexpr int kEntries = 24;
   SelectSequence entries[kEntries];
   int32_t first, n;
 };
+static_assert(sizeof(SequenceEntries) <= 4000);
 
-static __global__ void prepare_kernel(const SequenceEntries from, SelectSequence* to,
-                                      int32_t* map_count) {
+constexpr int kPrepareThreads = 256;
+
+// `tickets` [n_tickets] and *map_count, which may be nullptr, become 0.
+static __global__ void __launch_bounds__(kPrepareThreads)
+    prepare_kernel(const __grid_constant__ SequenceEntries from, SelectSequence* to,
+                   int32_t* map_count, uint32_t* tickets, int64_t n_tickets) {
+  await_previous_kernel();
+  start_next_kernel();
   const auto thread = static_cast<int32_t>(threadIdx.x);
   if (thread < from.n) to[from.first + thread] = from.entries[thread];
   if (thread == 0 && map_count != nullptr) *map_count = 0;
+  for (int64_t i = thread; i < n_tickets; i += kPrepareThreads) tickets[i] = 0;
 }
 
 // ---- Rows ---------------------------------------------------------------------------------------
@@ -29,6 +37,8 @@ constexpr int kRowsTile = 64;  // rows of a CTA
 
 static __global__ void __launch_bounds__(kRowsThreads)
     rows_kernel(const SelectProblem select, int32_t tiles) {
+  await_previous_kernel();
+  start_next_kernel();
   const DeviceProblem& problem = select.problem;
   const auto x = static_cast<int32_t>(blockIdx.x);
   const HeadView head = HeadView::of(select, x / tiles);
@@ -39,9 +49,12 @@ static __global__ void __launch_bounds__(kRowsThreads)
   const int32_t rows = sequence.n_q - first < kRowsTile ? sequence.n_q - first : kRowsTile;
   const int32_t words = sequence.words_per_row;
   const bool windowed = select.local_window > 0;
-  const bool dense =
-      !windowed && (plan.probed == 0 || select.choices[head.number].pattern == HeadPattern::kDense);
+  const HeadPattern pattern = windowed || plan.probed == 0
+                                  ? HeadPattern::kDense
+                                  : select.choices[head.number].pattern;
+  const bool query_aware = pattern == HeadPattern::kQueryAware;
   const int64_t choice = plan.first_word + static_cast<int64_t>(head.head) * words;
+  const uint64_t* slash_bits = select.slash_bits + 2 * choice + (query_aware ? words : 0);
   uint64_t* to = select.bits + sequence.first_word +
                  (static_cast<int64_t>(head.head) * sequence.n_q + first) * words;
   for (int32_t e = static_cast<int32_t>(threadIdx.x); e < rows * words; e += kRowsThreads) {
@@ -53,11 +66,12 @@ static __global__ void __launch_bounds__(kRowsThreads)
           begin > sequence.first_position() ? begin : sequence.first_position();
       to[e] = window_word(select.global_window, select.local_window, position, problem.block_size,
                           i, w);
-    } else if (dense) {
+    } else if (pattern == HeadPattern::kDense) {
       to[e] = range_word(0, i + 1, w);
     } else {
-      to[e] =
-          row_word(select.vertical_bits + choice, select.slash_bits + choice, sequence.n_kv, i, w);
+      // What the map keeps is there already.
+      const uint64_t kept = query_aware ? to[e] : 0;
+      to[e] = kept | row_word(select.vertical_bits + choice, slash_bits, sequence.n_kv, i, w);
     }
   }
 }
@@ -67,6 +81,8 @@ static __global__ void __launch_bounds__(kRowsThreads)
 constexpr int kAuditThreads = 256;
 
 static __global__ void __launch_bounds__(kAuditThreads) audit_kernel(const SelectProblem select) {
+  await_previous_kernel();
+  start_next_kernel();
   const DeviceProblem& problem = select.problem;
   const HeadView head = HeadView::of(select, static_cast<int32_t>(blockIdx.x));
   const DeviceSequence& sequence = problem.sequences[head.sequence];
@@ -78,6 +94,7 @@ static __global__ void __launch_bounds__(kAuditThreads) audit_kernel(const Selec
     choice.pattern = HeadPattern::kStreaming;
   } else if (plan.probed != 0) {
     choice = select.choices[head.number];
+    if (choice.pattern == HeadPattern::kQueryAware) choice.slash_blocks = plan.slash_low;
   }
   if (choice.pattern == HeadPattern::kDense) {
     if (thread == 0) select.audit[head.number] = HeadAudit{};

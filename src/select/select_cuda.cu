@@ -4,21 +4,22 @@
 //   prepare          the table of sequences
 //   probe_stats      pass 1 of the probe, means of the key blocks              probe_cuda.cuh
 //   probe_scores     pass 2: vertical and slash scores
-//   finish_scores    slash scores across chunks, block sums                    choose_cuda.cuh
-//   choose           decides head by head
-//   map_means, map_sweep x 5                                                   map_cuda.cuh
+//   pool             the probe's logits by block means
+//   choose           covers and choices, head by head                          choose_cuda.cuh
+//   map_rows         maps of query-aware heads                                 map_cuda.cuh
+//   map_level x 2, map_keep    of large maps
 //   rows             writes the bits of every row                              rows_cuda.cuh
-//   map_sweep        adds what query-aware heads keep
 //   audit            if asked
 //
 // A pattern runs what it needs: a window without audit and dense rows the first kernel and rows,
-// VerticalSlash no map, FlexPrefill with tau = 0 none either.
+// VerticalSlash no map, FlexPrefill with tau = 0 none either. Each kernel is launched while the one
+// before it ends (launch_overlapped).
 //
 // Workspace for n = s_kv / B key blocks, per query head: 8 bytes a key (vertical and slash scores),
-// 24 n bytes of block scores and 1.5 KB a chunk of keys (at most 128 chunks); per K/V head 4 n d
-// bytes of block means. The map's 4 n d bytes of query block means, 9 bytes a word of bits and a
-// histogram of 32 KB take the place of the scores, which are not read any more. No P x s_kv and no
-// map: with 32 / 8 heads of 128 at 128k tokens 40 MB and 4 MB of bits, 2.8 % of q, k and v.
+// 28 n bytes of block scores, 1.5 KB a chunk of keys (at most 128 chunks), 8 KB a slice of 8192 keys
+// where there are several; per K/V head 4 n d bytes of block means. Maps take the place of the
+// scores, as many as fit at a time but one at least. No P x s_kv: with 32 / 8 heads of 128 at 128k
+// tokens 45 MB and 4 MB of bits, 3.1 % of q, k and v.
 #include <algorithm>
 #include <numbers>
 #include <variant>
@@ -72,7 +73,10 @@ struct Plan {
                            .first_kv_block = kv_blocks,
                            .first_chunk = chunks,
                            .first_word = words,
+                           .first_part = parts,
+                           .map = {},
                            .chunks = static_cast<int32_t>(ceil_div(lengths.s_kv, chunk)),
+                           .slices = static_cast<int32_t>(ceil_div(lengths.s_kv, kSliceEntries)),
                            .probe_rows = static_cast<int32_t>(probe.rows),
                            .probe_first_row = static_cast<int32_t>(probe.first_row),
                            .probe_position = static_cast<int32_t>(probe.position),
@@ -99,21 +103,37 @@ struct Plan {
       if (!probed[s]) continue;
       any_probed = true;
       max_chunks = std::max<int64_t>(max_chunks, entry.chunks);
-      max_s_kv = std::max(max_s_kv, lengths.s_kv);
       max_n_q = std::max(max_n_q, grid.n_q);
-      max_words = std::max(max_words, BlockBits::words_per_row(grid));
+      max_n_kv = std::max(max_n_kv, grid.n_kv);
+      max_map = std::max(max_map, causal_blocks(grid));
+      max_slices = std::max<int64_t>(max_slices, entry.slices);
       keys += problem.h_q * lengths.s_kv;
       blocks += problem.h_q * grid.n_kv;
       kv_blocks += problem.h_kv * grid.n_kv;
       chunks += static_cast<int64_t>(problem.h_q) * entry.chunks;
       words += problem.h_q * BlockBits::words_per_row(grid);
+      parts += int64_t{2} * problem.h_q * entry.slices;
     }
+  }
+
+  // Gives every head's map its place in a room of `room` entries, at least max_map.
+  void place_maps(const Problem& problem, int64_t room) {
+    MapPlace next{};
+    for (int64_t s = 0; s < problem.b(); ++s) {
+      if (entries[s].probed == 0) continue;
+      const int64_t size = causal_blocks(problem.grids[s]);
+      entries[s].map = next;
+      next = next.after(problem.h_q - 1, size, room);
+      next.first += size;
+    }
+    turns = next.turn + 1;
   }
 
   std::vector<SelectSequence> entries;
   bool any_probed = false;
-  int64_t chunk = 0, max_chunks = 0, max_s_kv = 0, max_n_q = 0, max_words = 0;
-  int64_t keys = 0, blocks = 0, kv_blocks = 0, chunks = 0, words = 0;  // of all heads
+  int64_t chunk = 0, max_chunks = 0, max_slices = 0, max_n_q = 0, max_n_kv = 0, max_map = 0;
+  int64_t keys = 0, blocks = 0, kv_blocks = 0, chunks = 0, words = 0, parts = 0;  // of all heads
+  int32_t turns = 0;  // of maps
 };
 
 bool rows_on_16_bytes(const DeviceTensor& tensor) {
@@ -122,25 +142,9 @@ bool rows_on_16_bytes(const DeviceTensor& tensor) {
          even(tensor.row_stride) && even(tensor.head_stride);
 }
 
-// What the map needs in the place of the scores.
-struct MapMemory {
-  MapMemory(const Problem& problem, Arena& arena) {
-    const BlockBits layout = BlockBits::layout(problem);
-    q_means = arena.take<float>(problem.first_row.back() * problem.d_qk);
-    row_offsets = arena.take<float>(problem.first_row.back());
-    tile_stats = arena.take<float2>(layout.word_count());
-    tile_ties = arena.take<uint8_t>(layout.word_count());
-    histograms = arena.take<Histogram>(problem.b() * problem.h_q);
-  }
-  float *q_means, *row_offsets;
-  float2* tile_stats;
-  uint8_t* tile_ties;
-  Histogram* histograms;
-};
-
 // All arrays of a call, laid out alike by the size query and by the call.
 SelectProblem lay_out(const DeviceProblem& device, const Problem& problem, const Pattern& pattern,
-                      const Plan& plan, Arena& arena) {
+                      Plan& plan, Arena& arena) {
   SelectProblem select{};
   select.problem = device;
   select.chunk_keys = static_cast<int32_t>(plan.chunk);
@@ -159,12 +163,13 @@ SelectProblem lay_out(const DeviceProblem& device, const Problem& problem, const
   select.block_mass = arena.take<float>(2 * plan.blocks);
   if (select.local_window > 0) return select;
 
-  select.slash_tails = arena.take<float>(plan.chunks * kProbeRows);
+  select.slash_tails = arena.take<float>(plan.chunks * kTailEntries);
   select.vertical_block = arena.take<float>(plan.blocks);
   select.slash_block = arena.take<float>(plan.blocks);
   select.choices = arena.take<HeadChoice>(heads);
+  select.tickets = arena.take<uint32_t>(2 * heads);
   select.vertical_bits = arena.take<uint64_t>(plan.words);
-  select.slash_bits = arena.take<uint64_t>(plan.words);
+  select.slash_bits = arena.take<uint64_t>(2 * plan.words);
   const auto* flex = std::get_if<FlexPrefill>(&pattern);
   // No distance lies below 0.
   const bool maps = flex != nullptr && flex->tau > 0;
@@ -172,34 +177,24 @@ SelectProblem lay_out(const DeviceProblem& device, const Problem& problem, const
     select.by_blocks = true;
     select.gamma = flex->gamma;
     select.tau = flex->tau;
-    select.pooled = arena.take<float>(2 * plan.blocks);
+    select.pooled = arena.take<float>(plan.blocks);
     select.k_means = arena.take<float>(plan.kv_blocks * problem.d_qk);
+    if (plan.max_slices > 1) select.parts = arena.take<CoverPart>(plan.parts);
   }
   if (maps) {
     select.map_heads = arena.take<int32_t>(heads);
     select.map_count = arena.take<int32_t>(1);
     select.map_states = arena.take<MapState>(heads);
+    select.map_sums = arena.take<MapSums>(heads);
+    select.map_room = std::max(2 * plan.keys, plan.max_map);
+    plan.place_maps(problem, select.map_room);
   }
-  size_t map_bytes = 0;
-  if (maps) {
-    Arena counter;
-    MapMemory(problem, counter);
-    map_bytes = counter.bytes();
-  }
-  const size_t score_bytes = 2 * sizeof(float) * static_cast<size_t>(plan.keys);
-  auto* scores = arena.take<std::byte>(std::max(score_bytes, map_bytes));
+  // The scores, and in their place the maps.
+  auto* scores = arena.take<float>(std::max(2 * plan.keys, select.map_room));
   if (arena.counting()) return select;
-  select.vertical = reinterpret_cast<float*>(scores);
-  select.slash = select.vertical + plan.keys;
-  if (maps) {
-    Arena place(Workspace{scores, map_bytes});
-    const MapMemory memory(problem, place);
-    select.q_means = memory.q_means;
-    select.row_offsets = memory.row_offsets;
-    select.tile_stats = memory.tile_stats;
-    select.tile_ties = memory.tile_ties;
-    select.histograms = memory.histograms;
-  }
+  select.vertical = scores;
+  select.slash = scores + plan.keys;
+  select.maps = scores;
   return select;
 }
 
@@ -227,8 +222,9 @@ struct Launches {
       from.n = static_cast<int32_t>(
           std::min<size_t>(SequenceEntries::kEntries, plan.entries.size() - first));
       std::copy_n(plan.entries.begin() + static_cast<int64_t>(first), from.n, from.entries);
-      launch(prepare_kernel, dim3(1), dim3(SequenceEntries::kEntries), 0, stream, from,
-             const_cast<SelectSequence*>(select.sequences), select.map_count);
+      launch_overlapped(prepare_kernel, dim3(1), dim3(kPrepareThreads), 0, stream, from,
+                        const_cast<SelectSequence*>(select.sequences), select.map_count,
+                        select.tickets, select.tickets != nullptr ? 2 * heads() : 0);
     }
   }
 
@@ -238,37 +234,43 @@ struct Launches {
     const auto available = static_cast<size_t>(device_info().shared_bytes);
     const int32_t stages = probe_shared_bytes(problem.d_qk, 2) <= available ? 2 : 1;
     const size_t shared = probe_shared_bytes(problem.d_qk, stages);
-    launch(probe_stats_kernel<Element>, grid, dim3(kProbeThreads), shared, stream, select, stages);
+    launch_overlapped(probe_stats_kernel<Element>, grid, dim3(kProbeThreads), shared, stream,
+                      select, stages);
     const auto scores = select.audit != nullptr ? probe_scores_kernel<Element, true>
                                                 : probe_scores_kernel<Element, false>;
-    launch(scores, grid, dim3(kProbeThreads), shared, stream, select, stages);
+    launch_overlapped(scores, grid, dim3(kProbeThreads), shared, stream, select, stages);
+    if (!select.by_blocks) return;
+    const int64_t pieces = ceil_div(plan.max_n_kv, kPoolBlocks);
+    launch_overlapped(pool_kernel<Element>, dim3(grid_of(heads() * pieces)), dim3(kPoolThreads),
+                      sizeof(PoolShared), stream, select, static_cast<int32_t>(pieces));
   }
 
-  template <typename Element>
   void choose() const {
-    const int64_t pieces = ceil_div(plan.max_s_kv, kFinishEntries);
-    launch(finish_scores_kernel, dim3(grid_of(heads() * 2 * pieces)), dim3(kFinishThreads),
-           kFinishSharedBytes, stream, select, static_cast<int32_t>(pieces));
-    launch(choose_kernel<Element>, dim3(grid_of(2 * heads())), dim3(kChooseThreads),
-           sizeof(ChooseShared), stream, select);
+    const auto kernel = plan.max_slices > 1 ? choose_kernel<true> : choose_kernel<false>;
+    launch_overlapped(kernel, dim3(grid_of(heads() * 2 * plan.max_slices)), dim3(kChooseThreads),
+                      sizeof(ChooseShared), stream, select, static_cast<int32_t>(plan.max_slices));
   }
 
-  int32_t map_row_tiles() const { return static_cast<int32_t>(ceil_div(plan.max_n_q, kMapTile)); }
+  // A grid for up to `items` of each head that walks over what there is.
   dim3 map_grid(int64_t items) const {
-    return dim3(grid_of(std::min<int64_t>(items, 4 * device_info().multiprocessors)));
-  }
-  void sweep(MapSweep kind) const {
-    launch(map_sweep_kernel, map_grid(heads() * map_row_tiles() * plan.max_words),
-           dim3(kMapThreads), sizeof(MapShared), stream, select, kind, map_row_tiles(),
-           static_cast<int32_t>(plan.max_words));
+    return dim3(grid_of(std::min<int64_t>(heads() * items, 3 * device_info().multiprocessors)));
   }
   template <typename Element>
   void decide_maps() const {
-    launch(map_means_kernel<Element>, map_grid(heads() * plan.max_n_q), dim3(kMapThreads),
-           kMapThreads * 8 * sizeof(float), stream, select);
-    for (const MapSweep kind : {MapSweep::kStats, MapSweep::kLevel0, MapSweep::kLevel1,
-                                MapSweep::kLevel2, MapSweep::kTies}) {
-      sweep(kind);
+    const auto strips = static_cast<int32_t>(ceil_div(plan.max_n_q, kMapRows));
+    const auto pieces = static_cast<int32_t>(ceil_div(plan.max_map, kMapPiece));
+    const auto tiles = static_cast<int32_t>(ceil_div(plan.max_n_q, kMapKeepRows));
+    const bool small = plan.max_n_kv <= kSmallMap;
+    for (int32_t turn = 0; turn < plan.turns; ++turn) {
+      launch_overlapped(map_rows_kernel<Element>, map_grid(strips), dim3(kMapThreads),
+                        sizeof(MapShared), stream, select, turn, strips, small);
+      if (small) continue;
+      for (int32_t level = 1; level < Histogram::kLevels; ++level) {
+        launch_overlapped(map_level_kernel, map_grid(pieces), dim3(kMapThreads), sizeof(MapShared),
+                          stream, select, turn, level, pieces);
+      }
+      launch_overlapped(map_keep_kernel, map_grid(tiles), dim3(kMapThreads), sizeof(MapShared),
+                        stream, select, turn, tiles);
     }
   }
 
@@ -276,23 +278,20 @@ struct Launches {
     int64_t n_q = 0;
     for (const BlockGrid& grid : problem.grids) n_q = std::max(n_q, grid.n_q);
     const int64_t tiles = ceil_div(n_q, kRowsTile);
-    launch(rows_kernel, dim3(grid_of(heads() * tiles)), dim3(kRowsThreads), 0, stream, select,
-           static_cast<int32_t>(tiles));
+    launch_overlapped(rows_kernel, dim3(grid_of(heads() * tiles)), dim3(kRowsThreads), 0, stream,
+                      select, static_cast<int32_t>(tiles));
   }
 
   template <typename Element>
   void run() const {
-    const bool chooses = select.choices != nullptr;
-    const bool maps = select.map_heads != nullptr;
     prepare();
     if (plan.any_probed) probe<Element>();
-    if (chooses) choose<Element>();
-    if (maps) decide_maps<Element>();
+    if (select.choices != nullptr) choose();
+    if (select.map_heads != nullptr) decide_maps<Element>();
     rows();
-    if (maps) sweep(MapSweep::kKeep);
     if (select.audit != nullptr) {
-      launch(audit_kernel, dim3(grid_of(heads())), dim3(kAuditThreads),
-             (kAuditThreads / 32) * sizeof(double), stream, select);
+      launch_overlapped(audit_kernel, dim3(grid_of(heads())), dim3(kAuditThreads),
+                        (kAuditThreads / 32) * sizeof(double), stream, select);
     }
   }
 };
@@ -302,7 +301,7 @@ struct Launches {
 void select_cuda(const DeviceProblem& device, const Problem& problem, const Pattern& pattern,
                  const Execution& execution, Arena& arena, uint64_t* bits, HeadAudit* audit) {
   // A size query does not know whether an audit will be asked for.
-  const Plan plan(problem, pattern, arena.counting() || audit != nullptr);
+  Plan plan(problem, pattern, arena.counting() || audit != nullptr);
   SelectProblem select = lay_out(device, problem, pattern, plan, arena);
   if (arena.counting() || problem.b() == 0) return;
   select.q_aligned = rows_on_16_bytes(device.q);

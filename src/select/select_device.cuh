@@ -9,8 +9,26 @@
 #include "cuda/sm80.cuh"
 #include "flexprefill/select.h"
 #include "select/pattern.h"
+#include "select/take_cuda.cuh"
 
 namespace flexprefill {
+
+constexpr int kTailEntries = 128;  // of the diagonals that a chunk of keys leaves to the one before
+
+// Where a query-aware head's map lies. There is room for some maps at a time: the heads take turns,
+// and in each turn every head of the call has its place, whether it is query-aware or not.
+struct MapPlace {
+  int64_t first;  // entry
+  int32_t turn;
+
+  // That of the next map but `maps`, each of `size` entries, in a room of `room` >= size entries.
+  FLEXPREFILL_HOST_DEVICE MapPlace after(int64_t maps, int64_t size, int64_t room) const {
+    const int64_t here = (room - first) / size;
+    if (maps < here) return {first + maps * size, turn};
+    const int64_t each = room / size;
+    return {(maps - here) % each * size, static_cast<int32_t>(turn + 1 + (maps - here) / each)};
+  }
+};
 
 // What select adds to a DeviceSequence: where its scores lie, its probe (select_rows.h) and how
 // many blocks a head may keep.
@@ -20,19 +38,35 @@ struct SelectSequence {
   int64_t first_kv_block;  // likewise, K/V heads
   int64_t first_chunk;     // of arrays with an entry a chunk of keys: head h's, h * chunks later
   int64_t first_word;      // of a choice's bits: head h's begin h * words_per_row later
-  int32_t chunks;
+  int64_t first_part;      // of parts of covers: head h's begin h * 2 * slices later
+  MapPlace map;            // of head 0's map
+  int32_t chunks, slices;
   int32_t probe_rows, probe_first_row, probe_position, probe_first_block, probe_split;
   int32_t vertical_low, vertical_high;  // blocks; FlexPrefill: the rule's budgets,
   int32_t slash_low, slash_high;        // VerticalSlash: low = high = its sizes
   int32_t probed;                       // 0: the sequence stays dense or has a window alone
 };
 
-// The block map of one query-aware head, as far as its sweeps have come (map_cuda.cuh).
+// The block map of one query-aware head, as far as it has come (map_cuda.cuh).
 struct MapState {
   HistogramWalk walk;
   Taken taken;
-  uint32_t tickets;  // tiles that are done in this sweep
+  uint32_t tickets;  // thread blocks that are done in this kernel
+  uint32_t dead;     // some row has no softmax
   uint32_t done;     // taken is known
+};
+
+// Sums of the buckets of a map's level 0, then of level 1, then of level 2.
+struct MapSums {
+  static constexpr int kBuckets = LevelSums::kBuckets;
+  unsigned long long weight[kBuckets], count[kBuckets];
+};
+static_assert(MassLevel0::kBuckets <= MapSums::kBuckets);
+
+// Level 0 of one slice of a head's scores, of keys or of distances (choose_cuda.cuh).
+struct CoverPart {
+  uint64_t weight[MassLevel0::kBuckets];
+  uint32_t count[MassLevel0::kBuckets];
 };
 
 // A call as the kernels of select see it. Heads are numbered sequence * h_q + query head.
@@ -48,25 +82,26 @@ struct SelectProblem {
   int64_t global_window, local_window;  // StreamingLlm: local_window >= 1; otherwise 0
 
   float2* chunk_stats;      // [heads, chunks, 128]: max (units of log2) and sum of each probe row
-  float* slash_tails;       // [heads, chunks, 128]: for the chunk before
+  float* slash_tails;       // [heads, chunks, kTailEntries]: for the chunk before
   uint8_t* dead;            // [heads]: the probe met a NaN
   float *vertical, *slash;  // [heads, s_kv]
   float *vertical_block, *slash_block;  // [heads, n_kv]
-  float* pooled;                        // [heads, 2, n_kv]: for keys, for distances
+  float* pooled;        // [heads, n_kv]: logits (units of log2), then the estimate from block means
   float* block_mass;    // [heads, 2, n_kv], of the probe's two query blocks; nullptr: not asked
   float* k_means;       // [K/V heads, n_kv, d]
-  HeadChoice* choices;  // [heads]
-  uint64_t *vertical_bits, *slash_bits;  // [heads, words]
+  CoverPart* parts;     // [heads, keys or distances, slices]; nullptr: one slice everywhere
+  uint32_t* tickets;    // [heads, 2]: slices that are done
+  HeadChoice* choices;  // [heads]; slash_blocks: unless the head is query-aware
+  uint64_t* vertical_bits;  // [heads, words]
+  uint64_t* slash_bits;     // [heads, 2, words]: unless the head is query-aware, and if it is
 
-  // Query-aware heads. Entries of a map's tiles lie like the words of `bits`.
-  int32_t* map_heads;     // [heads]: their numbers, in no order
-  int32_t* map_count;     // [1]
-  MapState* map_states;   // [heads]
-  Histogram* histograms;  // [heads]
-  float* q_means;         // [index rows, d]
-  float* row_offsets;     // [index rows]: p = share * exp2(scale * dot - offset)
-  float2* tile_stats;     // [words]
-  uint8_t* tile_ties;     // [words]
+  // Query-aware heads.
+  int32_t* map_heads;    // [heads]: their numbers, in no order
+  int32_t* map_count;    // [1]
+  MapState* map_states;  // [heads]
+  MapSums* map_sums;     // [heads]
+  float* maps;           // [map_room]: pattern.h has a map's layout
+  int64_t map_room;
 
   uint64_t* bits;
   HeadAudit* audit;  // [heads] or nullptr
@@ -82,7 +117,7 @@ struct HeadView {
 };
 
 // Causal blocks of one head.
-__device__ inline int64_t causal_blocks_of(const DeviceSequence& sequence) {
+FLEXPREFILL_HOST_DEVICE_INLINE int64_t causal_blocks_of(const DeviceSequence& sequence) {
   const int64_t n_q = sequence.n_q;
   return n_q * sequence.first_q_block + n_q * (n_q + 1) / 2;
 }
@@ -112,6 +147,20 @@ __device__ inline uint4 load_eight(const std::byte* from, bool aligned) {
     return static_cast<uint32_t>(elements[i]) | static_cast<uint32_t>(elements[i + 1]) << 16;
   };
   return {pair(0), pair(2), pair(4), pair(6)};
+}
+
+// Counts this thread block as done with its part of a common work; true in the last of `ctas`, which
+// sees what the others wrote, by loads past L1. `flag` in shared memory. Nobody waits.
+__device__ inline bool is_last_cta(uint32_t* tickets, uint32_t ctas, uint32_t& flag) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    flag = atomicAdd(tickets, 1u) == ctas - 1 ? 1 : 0;
+    if (flag != 0) *tickets = 0;
+  }
+  __syncthreads();
+  __threadfence();
+  return flag != 0;
 }
 
 // A sum in a fixed order over a CTA of kThreads; `scratch` [kThreads / 32 + 1], every thread gets
