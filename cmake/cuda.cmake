@@ -29,12 +29,24 @@ set(flexprefill_sm90_sources
   src/attend/attend_sm90_d64.cu
   src/attend/attend_sm90_d128.cu
   src/attend/attend_sm90_d192.cu
-  src/attend/attend_sm90_d256.cu)
+  src/attend/attend_sm90_d256.cu
+  src/select/probe_sm90.cu
+  src/select/probe_sm90_d64.cu
+  src/select/probe_sm90_d128.cu
+  src/select/probe_sm90_d192.cu
+  src/select/probe_sm90_d256.cu)
 
 # As on the host, a product and a sum of select round separately; where they may be fused, it says
 # fmaf.
 if(NOT FLEXPREFILL_CUDA_EMULATOR)
-  set_source_files_properties(${flexprefill_select_sources} PROPERTIES COMPILE_OPTIONS -fmad=false)
+  set_source_files_properties(
+    ${flexprefill_select_sources}
+    src/select/probe_sm90.cu
+    src/select/probe_sm90_d64.cu
+    src/select/probe_sm90_d128.cu
+    src/select/probe_sm90_d192.cu
+    src/select/probe_sm90_d256.cu
+    PROPERTIES COMPILE_OPTIONS -fmad=false)
 endif()
 
 set(flexprefill_with_cuda OFF)

@@ -1,5 +1,5 @@
-// CSR from bits: the blocks of each group of rows are counted; then every group adds up the counts of
-// those before it and writes its rows from there. Bits from CSR: a warp writes a row.
+// CSR from bits: the blocks of each group of rows are counted; then every group adds up the counts
+// of those before it and writes its rows from there. Bits from CSR: a warp writes a row.
 #include "cuda/device_index.h"
 
 #include <algorithm>

@@ -57,8 +57,8 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
 
 // As launch. Where the device can, the kernel's thread blocks start when all of the kernel before
 // have called start_next_kernel() or ended; that hides the time of a launch. Every thread of such a
-// kernel calls await_previous_kernel() before it touches what earlier kernels of the stream write or
-// read, and before it ends: so the kernels after it can rely on all that came before.
+// kernel calls await_previous_kernel() before it touches what earlier kernels of the stream write
+// or read, and before it ends: so the kernels after it can rely on all that came before.
 template <typename... Parameters, typename... Arguments>
 void launch_overlapped(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                        void* stream, const Arguments&... arguments) {
@@ -77,6 +77,15 @@ __device__ inline void start_next_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+// *to = value if `yes`, by an instruction under a predicate: ptxas waits for running products
+// (wgmma) before a branch that a warp may not take together.
+__device__ inline void store_if(bool yes, float* to, float value) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.global.f32 [%1], %2;\n}\n" ::"r"(
+                   static_cast<int32_t>(yes)),
+               "l"(__cvta_generic_to_global(to)), "f"(value)
+               : "memory");
 }
 
 // 2^x, relative error 2^-22; -inf gives 0.

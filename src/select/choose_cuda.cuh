@@ -1,5 +1,5 @@
-// The decisions of select on the device, as pattern.h makes them: bit-equal given equal scores; only
-// the sum of jsd_sqrt is in another order.
+// The decisions of select on the device, as pattern.h makes them: bit-equal given equal scores;
+// only the sum of jsd_sqrt is in another order.
 //
 // A thread block takes a slice of a head's scores, of keys or of distances: it finishes them (slash
 // scores across chunks), adds up blocks, and makes level 0 of the cover. The last of a head's and
@@ -55,7 +55,8 @@ struct HeadScores {
   __device__ int64_t number() const { return int64_t{2} * head.number + (of_slash ? 1 : 0); }
 };
 
-// ---- A slice -------------------------------------------------------------------------------------
+// ---- A slice
+// -------------------------------------------------------------------------------------
 
 // Scores in registers: of warp w entries [w * 32 * kSliceEach, ..) of the slice, 32 at a time; 0
 // beyond the last.
@@ -86,9 +87,9 @@ __device__ inline void load_slice(const SelectProblem& select, const HeadScores&
     held.x[i] = e < left ? entries[e] : 0.0f;
   }
   if (!scores.of_slash || plan.chunks == 1) return;
-  const float* tails = select.slash_tails +
-                       (plan.first_chunk + static_cast<int64_t>(scores.head.head) * plan.chunks) *
-                           kTailEntries;
+  const float* tails =
+      select.slash_tails +
+      (plan.first_chunk + static_cast<int64_t>(scores.head.head) * plan.chunks) * kTailEntries;
   const auto chunk = static_cast<uint32_t>(select.chunk_keys);
 #pragma unroll
   for (int i = 0; i < kSliceEach; ++i) {
@@ -106,8 +107,8 @@ __device__ inline void load_slice(const SelectProblem& select, const HeadScores&
 }
 
 // Sums of the slice's blocks, by a warp each, as warp_order_sum of pattern.h.
-__device__ inline void sum_slice_blocks(const HeadScores& scores, int32_t first,
-                                        int32_t block_size, const HeldEntries& held) {
+__device__ inline void sum_slice_blocks(const HeadScores& scores, int32_t first, int32_t block_size,
+                                        const HeldEntries& held) {
   const int lane = static_cast<int>(threadIdx.x) % 32, steps = block_size / 32;
   double sum = 0;
 #pragma unroll
@@ -160,13 +161,15 @@ __device__ inline bool gather_slices(const SelectProblem& select, const HeadScor
   return true;
 }
 
-// ---- The choice ------------------------------------------------------------------------------------
+// ---- The choice
+// ------------------------------------------------------------------------------------
 
 // jsd_sqrt of pattern.h, the sum in another order; q may come from other thread blocks.
 template <int kThreads>
 __device__ float jsd_sqrt_cta(const float* p, const float* q, int32_t n, double* scratch) {
   double sum = 0;
-  for (int32_t j = static_cast<int32_t>(threadIdx.x); j < n; j += kThreads) sum += jsd_term(p[j], __ldcg(q + j));
+  for (int32_t j = static_cast<int32_t>(threadIdx.x); j < n; j += kThreads)
+    sum += jsd_term(p[j], __ldcg(q + j));
   return jsd_sqrt_of_sum(sum_cta<kThreads>(sum, scratch));
 }
 
@@ -191,7 +194,8 @@ __device__ inline bool pooled_softmax(const HeadScores& scores, int32_t block_si
   }
   sum = sum_cta<kChooseThreads>(sum, shared.sums);
   const auto inverse = static_cast<float>(1 / sum);
-  for (int32_t j = static_cast<int32_t>(threadIdx.x); j < scores.n; j += kChooseThreads) pooled[j] *= inverse;
+  for (int32_t j = static_cast<int32_t>(threadIdx.x); j < scores.n; j += kChooseThreads)
+    pooled[j] *= inverse;
   __syncthreads();
   return sum > 0;
 }
@@ -210,8 +214,8 @@ __device__ int64_t cover_blocks_cta(const SelectProblem& select, const HeadScore
                       {.gamma = select.gamma, .tau = 0, .min_blocks = low, .max_blocks = high});
 }
 
-// Brings the block scores to shared memory, entry 0 above all others, where there is room. Ends with
-// a barrier.
+// Brings the block scores to shared memory, entry 0 above all others, where there is room. Ends
+// with a barrier.
 __device__ inline void stage_blocks(const HeadScores& scores, ChooseShared& shared) {
   __syncthreads();  // what was there may be in use
   if (scores.n > kStagedBlocks) return;
@@ -229,8 +233,7 @@ __device__ inline void choose_blocks(const HeadScores& scores, int64_t count, ui
   const auto value = [&](int32_t e) {
     return staged ? shared.staged[e] : e == 0 ? INFINITY : __ldcg(scores.blocks + e);
   };
-  const Taken taken =
-      take_count_cta<kChooseThreads>(scores.n, static_cast<uint64_t>(count), value);
+  const Taken taken = take_count_cta<kChooseThreads>(scores.n, static_cast<uint64_t>(count), value);
   write_taken_bits<kChooseThreads>(scores.n, taken, scores.of_slash, value, shared.ties, bits);
 }
 
@@ -245,10 +248,9 @@ __device__ void choose_keys(const SelectProblem& select, const HeadScores& score
   choice.pattern = HeadPattern::kVerticalSlash;
   choice.vertical_blocks = plan.vertical_low;
   if (select.by_blocks) {
-    choice.vertical_blocks = cover_blocks_cta(select, scores, plan.vertical_low,
-                                              plan.vertical_high, entries, shared);
-    float* pooled =
-        select.pooled + plan.first_block + static_cast<int64_t>(head.head) * scores.n;
+    choice.vertical_blocks =
+        cover_blocks_cta(select, scores, plan.vertical_low, plan.vertical_high, entries, shared);
+    float* pooled = select.pooled + plan.first_block + static_cast<int64_t>(head.head) * scores.n;
     if (!pooled_softmax(scores, select.problem.block_size, pooled, shared)) {
       if (threadIdx.x == 0) select.choices[head.number].pattern = HeadPattern::kDense;
       return;

@@ -1,7 +1,8 @@
 // Step 6 of FlexPrefill on the device: the block map of each query-aware head, and the smallest set
 // of its blocks that covers gamma. Which heads these are is known on the device alone: choose lists
 // them, and every kernel here is a fixed grid that walks over the list.
-//   map_rows    rows of a map from block means, their softmax, level 0 of the cover; the last thread
+//   map_rows    rows of a map from block means, their softmax, level 0 of the cover; the last
+//   thread
 //               block of a head descends, and where maps are small decides the rest too
 //   map_level   levels 1 and 2 of large maps                               items: 16384 entries
 //   map_keep    the kept blocks of large maps, as bits of the index        items: 64 rows
@@ -23,12 +24,12 @@ constexpr int kMapRows = kMapThreads / 32;  // of an item of map_rows: a warp's 
 constexpr int kMapKeys = 64;                // means of key blocks in shared memory at a time
 constexpr int kMapDepth = 64;               // columns of them
 constexpr int kMapPitch = kMapDepth + 4;
-// Up to so many key blocks one thread block makes all decisions of a head: its sweeps cost less than
-// the launches of more kernels.
+// Up to so many key blocks one thread block makes all decisions of a head: its sweeps cost less
+// than the launches of more kernels.
 constexpr int kSmallMap = 256;
-constexpr int kMapPiece = 16384;   // entries of an item of map_level
-constexpr int kMapKeepRows = 64;   // of an item of map_keep
-constexpr int kMapTieRows = 256;   // rows whose ties are counted together
+constexpr int kMapPiece = 16384;  // entries of an item of map_level
+constexpr int kMapKeepRows = 64;  // of an item of map_keep
+constexpr int kMapTieRows = 256;  // rows whose ties are counted together
 
 struct MapShared {
   float q[kMapRows][256];
@@ -70,7 +71,8 @@ struct HeadMap {
   }
 };
 
-// ---- Rows of a map ---------------------------------------------------------------------------------
+// ---- Rows of a map
+// ---------------------------------------------------------------------------------
 
 // The mean of query block r, by a warp, in q [d]. partial [32 * 8].
 template <typename Element>
@@ -79,8 +81,8 @@ __device__ void mean_of_block(const SelectProblem& select, const HeadMap& map, i
   const DeviceProblem& problem = select.problem;
   const DeviceSequence& sequence = problem.sequences[map.head.sequence];
   const int32_t d = problem.d_qk, lane = static_cast<int32_t>(threadIdx.x) % 32;
-  const int64_t position = static_cast<int64_t>(map.first_q_block + r) * problem.block_size -
-                           sequence.first_position();
+  const int64_t position =
+      static_cast<int64_t>(map.first_q_block + r) * problem.block_size - sequence.first_position();
   const auto begin = static_cast<int32_t>(position > 0 ? position : 0);
   const auto end = static_cast<int32_t>(
       position + problem.block_size < sequence.s_q ? position + problem.block_size : sequence.s_q);
@@ -136,8 +138,8 @@ struct RunningSoftmax {
   }
 };
 
-// scores of the warp's row: scale * q_mean . k_mean in units of log2 of the keys [first, first + 64)
-// to row[first ..], as far as the row goes. All threads of the block together.
+// scores of the warp's row: scale * q_mean . k_mean in units of log2 of the keys [first, first +
+// 64) to row[first ..], as far as the row goes. All threads of the block together.
 __device__ inline void score_row(const SelectProblem& select, const HeadMap& map,
                                  const float* k_means, int32_t first, int32_t keys,
                                  float share_of_last, MapShared& shared, float* row,
@@ -151,8 +153,8 @@ __device__ inline void score_row(const SelectProblem& select, const HeadMap& map
       const int32_t key = e / (kMapDepth / 4), c = e % (kMapDepth / 4) * 4;
       const bool there = first + key < map.n_kv && column + c < d;
       *reinterpret_cast<float4*>(&shared.k[key * kMapPitch + c]) =
-          there ? *reinterpret_cast<const float4*>(
-                      k_means + static_cast<int64_t>(first + key) * d + column + c)
+          there ? *reinterpret_cast<const float4*>(k_means + static_cast<int64_t>(first + key) * d +
+                                                   column + c)
                 : float4{0, 0, 0, 0};
     }
     __syncthreads();
@@ -239,7 +241,8 @@ __device__ void make_map_rows(const SelectProblem& select, const HeadMap& map, i
   }
 }
 
-// ---- What is kept ------------------------------------------------------------------------------------
+// ---- What is kept
+// ------------------------------------------------------------------------------------
 
 // Ties in rows [first, end), at most kMapTieRows, to shared.row_ties; returns those before.
 __device__ inline int64_t count_map_ties(const HeadMap& map, const Taken& taken, int32_t first,
@@ -331,7 +334,8 @@ __device__ inline void finish_map_level0(const SelectProblem& select, const Head
   }
 }
 
-// ---- Kernels -----------------------------------------------------------------------------------------
+// ---- Kernels
+// -----------------------------------------------------------------------------------------
 //
 // Each for the maps of one turn.
 
@@ -358,13 +362,11 @@ __global__ void __launch_bounds__(kMapThreads, 3)
 
 // Whether a listed head of this turn is still to be worked on.
 __device__ inline bool is_open(const SelectProblem& select, const HeadMap& map, int32_t turn) {
-  return map.turn == turn &&
-         select.choices[map.head.number].pattern == HeadPattern::kQueryAware;
+  return map.turn == turn && select.choices[map.head.number].pattern == HeadPattern::kQueryAware;
 }
 
 static __global__ void __launch_bounds__(kMapThreads)
-    map_level_kernel(const SelectProblem select, int32_t turn, int32_t level,
-                     int32_t max_pieces) {
+    map_level_kernel(const SelectProblem select, int32_t turn, int32_t level, int32_t max_pieces) {
   await_previous_kernel();
   start_next_kernel();
   auto& shared = *reinterpret_cast<MapShared*>(shared_memory());
@@ -379,8 +381,8 @@ static __global__ void __launch_bounds__(kMapThreads)
     MapSums& sums = select.map_sums[map.head.number];
     const int64_t entries = map.size - first < kMapPiece ? map.size - first : kMapPiece;
     __syncthreads();  // of the item before
-    sum_level<kMapThreads>(SpanEntries<kMapThreads>{map.map + first, entries}, entries, level,
-                           walk, level_sums);
+    sum_level<kMapThreads>(SpanEntries<kMapThreads>{map.map + first, entries}, entries, level, walk,
+                           level_sums);
     for (int i = static_cast<int>(threadIdx.x); i < LevelSums::kBuckets; i += kMapThreads) {
       const BucketSum sum = level_sums.sum(i, walk);
       if (sum.count == 0) continue;

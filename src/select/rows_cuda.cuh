@@ -49,9 +49,8 @@ static __global__ void __launch_bounds__(kRowsThreads)
   const int32_t rows = sequence.n_q - first < kRowsTile ? sequence.n_q - first : kRowsTile;
   const int32_t words = sequence.words_per_row;
   const bool windowed = select.local_window > 0;
-  const HeadPattern pattern = windowed || plan.probed == 0
-                                  ? HeadPattern::kDense
-                                  : select.choices[head.number].pattern;
+  const HeadPattern pattern =
+      windowed || plan.probed == 0 ? HeadPattern::kDense : select.choices[head.number].pattern;
   const bool query_aware = pattern == HeadPattern::kQueryAware;
   const int64_t choice = plan.first_word + static_cast<int64_t>(head.head) * words;
   const uint64_t* slash_bits = select.slash_bits + 2 * choice + (query_aware ? words : 0);

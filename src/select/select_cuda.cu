@@ -16,8 +16,8 @@
 // before it ends (launch_overlapped).
 //
 // Workspace for n = s_kv / B key blocks, per query head: 8 bytes a key (vertical and slash scores),
-// 28 n bytes of block scores, 1.5 KB a chunk of keys (at most 128 chunks), 8 KB a slice of 8192 keys
-// where there are several; per K/V head 4 n d bytes of block means. Maps take the place of the
+// 28 n bytes of block scores, 1.5 KB a chunk of keys (at most 128 chunks), 8 KB a slice of 8192
+// keys where there are several; per K/V head 4 n d bytes of block means. Maps take the place of the
 // scores, as many as fit at a time but one at least. No P x s_kv: with 32 / 8 heads of 128 at 128k
 // tokens 45 MB and 4 MB of bits, 3.1 % of q, k and v.
 #include <algorithm>
@@ -29,20 +29,21 @@
 #include "math.h"
 #include "select/choose_cuda.cuh"
 #include "select/map_cuda.cuh"
+#include "select/pool_cuda.cuh"
 #include "select/probe_cuda.cuh"
+#include "select/probe_sm90.h"
 #include "select/rows_cuda.cuh"
 #include "select/select_rows.h"
 
 namespace flexprefill {
 namespace {
 
-// Keys of a CTA of the probe. Fewer than kLeastChunk cost more in loading the probe than they gain;
-// more than kMostChunks cost more in putting a row's sums together; kTasks fill a card four times.
+// Keys of a CTA of the probe by mma.sync. Fewer than kLeastChunk cost more in loading the probe
+// than they gain; kTasks fill a card four times.
 constexpr int64_t kLeastChunk = 512;
-constexpr int64_t kMostChunks = 128;
 constexpr int64_t kTasks = 1024;
 
-int64_t chunk_keys(const Problem& problem, const std::vector<bool>& probed) {
+int64_t probe_chunk(const Problem& problem, const std::vector<bool>& probed) {
   int64_t keys = 0, longest = 0;
   for (int64_t s = 0; s < problem.b(); ++s) {
     if (!probed[s]) continue;
@@ -50,20 +51,20 @@ int64_t chunk_keys(const Problem& problem, const std::vector<bool>& probed) {
     longest = std::max(longest, problem.lengths[s].s_kv);
   }
   const int64_t least =
-      std::max({kLeastChunk, ceil_div(keys, kTasks), ceil_div(longest, kMostChunks)});
+      std::max({kLeastChunk, ceil_div(keys, kTasks), ceil_div(longest, kMostProbeChunks)});
   return ceil_div(least, kProbeKeys) * kProbeKeys;
 }
 
 // The lengths of the arrays, and the table that leads into them.
 struct Plan {
-  Plan(const Problem& problem, const Pattern& pattern, bool audited) {
+  Plan(const Problem& problem, const Pattern& pattern, bool audited, bool sm90) {
     const auto* window = std::get_if<StreamingLlm>(&pattern);
     std::vector<bool> probed(problem.b());
     for (int64_t s = 0; s < problem.b(); ++s) {
       probed[s] = window != nullptr ? audited
                                     : !stays_dense(problem.lengths[s], problem.block_size, pattern);
     }
-    chunk = chunk_keys(problem, probed);
+    chunk = (sm90 ? probe_sm90_chunk : probe_chunk)(problem, probed);
     for (int64_t s = 0; s < problem.b(); ++s) {
       const SequenceLengths lengths = problem.lengths[s];
       const BlockGrid& grid = problem.grids[s];
@@ -133,7 +134,7 @@ struct Plan {
   bool any_probed = false;
   int64_t chunk = 0, max_chunks = 0, max_slices = 0, max_n_q = 0, max_n_kv = 0, max_map = 0;
   int64_t keys = 0, blocks = 0, kv_blocks = 0, chunks = 0, words = 0, parts = 0;  // of all heads
-  int32_t turns = 0;  // of maps
+  int32_t turns = 0;                                                              // of maps
 };
 
 bool rows_on_16_bytes(const DeviceTensor& tensor) {
@@ -211,6 +212,7 @@ struct Launches {
   const SelectProblem& select;
   const Problem& problem;
   const Plan& plan;
+  const bool sm90;  // the probe by wgmma
   void* stream;
 
   int64_t heads() const { return problem.b() * problem.h_q; }
@@ -230,6 +232,7 @@ struct Launches {
 
   template <typename Element>
   void probe() const {
+    if (sm90) return probe_sm90(select, problem, stream);
     const dim3 grid(grid_of(heads() * plan.max_chunks));
     const auto available = static_cast<size_t>(device_info().shared_bytes);
     const int32_t stages = probe_shared_bytes(problem.d_qk, 2) <= available ? 2 : 1;
@@ -300,15 +303,28 @@ struct Launches {
 
 void select_cuda(const DeviceProblem& device, const Problem& problem, const Pattern& pattern,
                  const Execution& execution, Arena& arena, uint64_t* bits, HeadAudit* audit) {
-  // A size query does not know whether an audit will be asked for.
-  Plan plan(problem, pattern, arena.counting() || audit != nullptr);
+  const bool hopper = overlaps_kernels() && execution.backend != Backend::kSm80;
+  // A size query does not know whether an audit will be asked for, nor, without data, how aligned
+  // it will be: enough for both.
+  if (arena.counting()) {
+    const Arena before = arena;
+    for (const bool sm90 : {false, hopper}) {
+      Arena counter = before;
+      Plan plan(problem, pattern, true, sm90);
+      lay_out(device, problem, pattern, plan, counter);
+      if (counter.bytes() > arena.bytes()) arena = counter;
+    }
+    return;
+  }
+  if (problem.b() == 0) return;
+  const bool sm90 = hopper && probe_sm90_takes(problem);
+  Plan plan(problem, pattern, audit != nullptr, sm90);
   SelectProblem select = lay_out(device, problem, pattern, plan, arena);
-  if (arena.counting() || problem.b() == 0) return;
   select.q_aligned = rows_on_16_bytes(device.q);
   select.k_aligned = rows_on_16_bytes(device.k);
   select.bits = bits;
   select.audit = audit;
-  const Launches launches{select, problem, plan, execution.stream};
+  const Launches launches{select, problem, plan, sm90, execution.stream};
   if (problem.dtype == DType::kBFloat16) {
     launches.run<__nv_bfloat16>();
   } else {

@@ -149,8 +149,8 @@ __device__ inline uint4 load_eight(const std::byte* from, bool aligned) {
   return {pair(0), pair(2), pair(4), pair(6)};
 }
 
-// Counts this thread block as done with its part of a common work; true in the last of `ctas`, which
-// sees what the others wrote, by loads past L1. `flag` in shared memory. Nobody waits.
+// Counts this thread block as done with its part of a common work; true in the last of `ctas`,
+// which sees what the others wrote, by loads past L1. `flag` in shared memory. Nobody waits.
 __device__ inline bool is_last_cta(uint32_t* tickets, uint32_t ctas, uint32_t& flag) {
   __threadfence();
   __syncthreads();

@@ -1,6 +1,7 @@
 // take_largest of pattern.h by a thread block, bit-equal: masses are integers, ties are counted in
 // order of index.
-//   by mass    three levels of histograms as HistogramWalk has them; level 0 by warp, so that it can
+//   by mass    three levels of histograms as HistogramWalk has them; level 0 by warp, so that it
+//   can
 //              be made of parts by several thread blocks
 //   by count   the threshold bit by bit
 #ifndef FLEXPREFILL_SRC_SELECT_TAKE_CUDA_CUH_
@@ -12,7 +13,8 @@
 
 namespace flexprefill {
 
-// ---- Which entries -------------------------------------------------------------------------------
+// ---- Which entries
+// -------------------------------------------------------------------------------
 //
 // Entries are what visit(begin, end, f) calls f(x) for: those of this thread among [begin, end) of
 // all, at most 2^31.
@@ -32,11 +34,13 @@ struct SpanEntries {
   }
 };
 
-// ---- Level 0 of masses -----------------------------------------------------------------------------
+// ---- Level 0 of masses
+// -----------------------------------------------------------------------------
 //
-// A bucket is an eighth of an octave. The lowest is that of 2^-41, below which an entry has no mass in
-// the units of fixed_mass; entries must be below 4, as all are that are averages of softmaxes or sums
-// over such a one. All entries of a bucket have the same mass_places: their digits can be added.
+// A bucket is an eighth of an octave. The lowest is that of 2^-41, below which an entry has no mass
+// in the units of fixed_mass; entries must be below 4, as all are that are averages of softmaxes or
+// sums over such a one. All entries of a bucket have the same mass_places: their digits can be
+// added.
 
 struct MassLevel0 {
   static constexpr int kFirst = 86 * 8;  // bits >> 20 of the first
@@ -96,7 +100,8 @@ struct CtaMasses {
   }
 };
 
-// ---- The walk ------------------------------------------------------------------------------------
+// ---- The walk
+// ------------------------------------------------------------------------------------
 
 template <int kThreads>
 struct DescendShared {
@@ -161,7 +166,8 @@ __device__ bool descend_cta(int level, int first, DescendShared<kThreads>& share
   return shared.found;
 }
 
-// ---- Levels 1 and 2 of masses ----------------------------------------------------------------------
+// ---- Levels 1 and 2 of masses
+// ----------------------------------------------------------------------
 //
 // Entries inside the bucket above have one exponent, so their digits can be added here too.
 
@@ -206,8 +212,7 @@ __device__ void sum_level(const Entries& entries, int64_t size, int level,
   sums.clear(kThreads);
   __syncthreads();
   for (int64_t begin = 0; begin < size; begin += LevelSums::kRound) {
-    entries.visit(begin, begin + LevelSums::kRound,
-                  [&](float x) { sums.add(x, walk, level); });
+    entries.visit(begin, begin + LevelSums::kRound, [&](float x) { sums.add(x, walk, level); });
     __syncthreads();
     sums.collect(kThreads);
     __syncthreads();
@@ -269,11 +274,13 @@ __device__ Taken take_mass_cta(const Entries& entries, int64_t size, uint64_t li
     shared.for_own_buckets([&](int i, BucketSum& sum) { sum += shared.level0.sum(i); });
     __syncthreads();
   }
-  if (!descend_level0<kThreads>(limit, shared)) return {.count = size, .threshold = 0, .ties = size};
+  if (!descend_level0<kThreads>(limit, shared))
+    return {.count = size, .threshold = 0, .ties = size};
   return finish_take_cta<kThreads>(entries, size, shared);
 }
 
-// ---- By count --------------------------------------------------------------------------------------
+// ---- By count
+// --------------------------------------------------------------------------------------
 //
 // value(e): entry e of n, asked for often: best in shared memory.
 
@@ -299,7 +306,8 @@ __device__ Taken take_count_cta(int32_t n, uint64_t limit, const Value& value) {
   return {.count = most, .threshold = threshold, .ties = most - count(threshold + 1)};
 }
 
-// ---- Which entries are taken -----------------------------------------------------------------------
+// ---- Which entries are taken
+// -----------------------------------------------------------------------
 
 // Writes ceil(n / 64) words of bits: bit e says whether entry e is taken, or if `reversed` bit
 // n - 1 - e does. scratch [kThreads / 32] in shared memory. All threads of the block together.
@@ -342,7 +350,8 @@ __device__ void write_taken_bits(int32_t n, const Taken& taken, bool reversed, c
   }
 }
 
-// ---- All of it ---------------------------------------------------------------------------------------
+// ---- All of it
+// ---------------------------------------------------------------------------------------
 
 // take_largest of pattern.h over x in global memory.
 template <int kThreads>

@@ -27,8 +27,8 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   });
 }
 
-// Kernels do not overlap here; but a thread that ends without having awaited the kernel before is an
-// error.
+// Kernels do not overlap here; but a thread that ends without having awaited the kernel before is
+// an error.
 template <typename... Parameters, typename... Arguments>
 void launch_overlapped(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                        void* stream, const Arguments&... arguments) {
@@ -45,6 +45,10 @@ void launch_overlapped(void (*kernel)(Parameters...), dim3 grid, dim3 block, siz
 
 inline void await_previous_kernel() { cuda_emulator::await_previous(); }
 inline void start_next_kernel() {}
+
+inline void store_if(bool yes, float* to, float value) {
+  if (yes) *to = value;
+}
 
 inline float exp2_approx(float x) {
   const float y = std::exp2(x);
