@@ -74,8 +74,8 @@ class ProbeStream {
  private:
   static constexpr int kUnits = 2 * Shape::kHeads;  // of a tile
 
-  // No product runs where the loop turns: ptxas would wait for every product there. So a tile's
-  // last scores are left to the turn after.
+  // No product runs while a tile's last scores are worked on (but the other stream's): where one
+  // ran beyond a turn of the loop, ptxas had it waited for before the scores of the turn before.
   __device__ __forceinline__ void run_overlapped() {
     float scores[2][64];
 #pragma unroll 1
@@ -84,16 +84,19 @@ class ProbeStream {
       const int32_t first_key = chunk_.begin + i * 128;
       sm90::barrier_wait(&tiles_.k_full[stage], ring_.parity(place));
       start(scores[0], stage, 0);
-      if (__any_sync(0xffffffffu, i > 0)) unit<kUnits - 1>(scores[1], first_key - 128);
       for_units(std::make_integer_sequence<int, kUnits - 1>{}, [&]<int kUnit>() {
         start(scores[(kUnit + 1) % 2], stage, kUnit + 1);
         finish_before<1>(scores[kUnit % 2]);
         unit<kUnit>(scores[kUnit % 2], first_key);
       });
+      // That phase is over; but unless a branch needs the sums, which are never negative, ptxas
+      // moves the exponentials behind the wait for the product that they should overlap.
+      const uint32_t negative = static_cast<Derived*>(this)->is_negative() ? 1 : 0;
+      sm90::barrier_wait(&tiles_.k_full[stage], ring_.parity(place) ^ negative);
       finish_before<0>(scores[1]);
       probe_arrive(&tiles_.k_empty[stage]);
+      unit<kUnits - 1>(scores[1], first_key);
     }
-    unit<kUnits - 1>(scores[1], chunk_.begin + (chunk_.tiles - 1) * 128);
   }
 
   __device__ __forceinline__ void run_one_by_one() {
@@ -169,6 +172,10 @@ class ProbeStats : public ProbeStream<Shape, kStages, true, ProbeStats<Shape, kS
     a = sm90::wgmma_descriptor(this->tiles_.q[h] + half * 64 * sm90::kChunkColumns, 16,
                                kProbeRows8);
     b = sm90::wgmma_descriptor(this->tiles_.k[stage], 16, kProbeRows8);
+  }
+
+  __device__ bool is_negative() const {
+    return sum_[Shape::kHeads - 1][0][0] + sum_[Shape::kHeads - 1][0][1] < 0;
   }
 
   __device__ __forceinline__ void unit(int h, int half, float (&scores)[64], int32_t first_key) {
@@ -302,6 +309,8 @@ class ProbeScores
                                2 * kProbeRows8);
     b = sm90::wgmma_descriptor(this->tiles_.q[h], 16, kProbeRows8);
   }
+
+  __device__ bool is_negative() const { return false; }
 
   __device__ __forceinline__ void unit(int h, int half, float (&scores)[64], int32_t first_key) {
     if (half == 0) {
