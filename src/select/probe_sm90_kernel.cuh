@@ -158,9 +158,10 @@ class ProbeStream {
 
 // Halves are those of the probe's rows.
 template <typename Shape, int kStages>
-class ProbeStats : public ProbeStream<Shape, kStages, true, ProbeStats<Shape, kStages>> {
+class ProbeStats
+    : public ProbeStream<Shape, kStages, Shape::kOverlapsStats, ProbeStats<Shape, kStages>> {
  public:
-  using Base = ProbeStream<Shape, kStages, true, ProbeStats<Shape, kStages>>;
+  using Base = ProbeStream<Shape, kStages, Shape::kOverlapsStats, ProbeStats<Shape, kStages>>;
   using Base::Base;
 
   __device__ void run() {
@@ -556,7 +557,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const ProbeSm90Task<Shape> task(params.select);
   if (!task.any) return;
   auto& tiles = reinterpret_cast<Shared*>(shared_memory())->tiles;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
+  // Shuffled so that the compiler knows that a warp's threads stay together.
+  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
   if (threadIdx.x == 0) {
     tiles.init(4 + kProbePoolWarps);
     sm90::barrier_init_fence();
@@ -590,7 +592,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     return;
   }
   auto& shared = *reinterpret_cast<Shared*>(shared_memory());
-  const int warp = static_cast<int>(threadIdx.x) / 32;
+  // Shuffled so that the compiler knows that a warp's threads stay together.
+  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
   if (threadIdx.x == 0) {
     shared.tiles.init(4);
     sm90::barrier_init_fence();

@@ -24,6 +24,8 @@ struct ProbeShape {
   static constexpr int kChunks = kDim / sm90::kChunkColumns;
   // Affects speed only: what fits. With one stream there is nobody to compute while it waits.
   static constexpr int kStreams = kDim <= 128 ? 2 : 1;
+  // Pass 1 keeps the scores of two products; with descriptors for 12 steps they do not fit.
+  static constexpr bool kOverlapsStats = kDim != 192 || kHeads == 1;
   static constexpr int kMostStages = 6;
   static constexpr int kThreads = (kStreams + 1) * sm90::kWarpgroupThreads;
   static constexpr int kTileBytes = 128 * kDim * 2;  // of a probe, or of 128 keys
