@@ -17,15 +17,16 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from flex_prefill import collect_audits  # noqa: E402
+from hf_fixed_attention import FixedModel  # noqa: E402
 from hf_models import build, logits, tokens  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModel,
     AutoModelForCausalLM,
     BertConfig,
     CLIPVisionConfig,
-    GPTJConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedConfig,
     PreTrainedModel,
     T5Config,
 )
@@ -307,23 +308,29 @@ class TestErrors:
         assert densities(model, tokens(1, 300))
 
     @pytest.mark.parametrize(
-        ("config", "message"),
+        ("make", "message"),
         [
-            (T5Config(d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2), "has an encoder"),
             (
-                BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2),
-                "has no causal attention layers",
+                lambda: AutoModel.from_config(
+                    T5Config(d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
+                ),
+                "got T5Model, which has an encoder",
             ),
             (
-                GPTJConfig(n_embd=32, n_layer=1, n_head=2, rotary_dim=8),
-                "does not let its attention be exchanged",
+                lambda: AutoModel.from_config(
+                    BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+                ),
+                "got BertModel, which has no causal attention layers",
+            ),
+            (
+                lambda: FixedModel(PreTrainedConfig()),
+                "FixedModel does not let its attention be exchanged",
             ),
         ],
-        ids=["T5", "BERT", "GPT-J"],
+        ids=["T5", "BERT", "fixed attention"],
     )
-    def test_models_that_cannot_be_patched(self, config: Any, message: str):
-        config.vocab_size = 128
-        model = AutoModel.from_config(config)
+    def test_models_that_cannot_be_patched(self, make: Any, message: str):
+        model = make()
         with pytest.raises(ValueError, match=message):
             patch_model(model, "flex_prefill")
         assert attention(model) != "flex_prefill"
