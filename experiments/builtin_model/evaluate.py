@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from flex_prefill import collect_audits, patch_model, retrieval, unpatch_model
+from flex_prefill.cli.common import cache_of
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -45,7 +46,7 @@ def answer(model: Any, tokenizer: Any, prompt: str) -> tuple[str, float]:
     seconds = time.perf_counter() - start
     while len(reply) < REPLY_TOKENS and reply[-1] != tokenizer.eos_token_id:
         token = torch.tensor([[reply[-1]]], device=model.device)
-        out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        out = model(token, use_cache=True, **cache_of(out))
         reply.append(out.logits[0, -1].argmax().item())
     return tokenizer.decode(reply), seconds
 

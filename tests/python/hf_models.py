@@ -93,6 +93,12 @@ def logits(model: PreTrainedModel, ids: torch.Tensor, **inputs: Any) -> torch.Te
     return model(ids, **inputs).logits
 
 
+def cache_of(output: Any) -> dict[str, Any]:
+    """The cache of a forward pass, as the keyword argument that the next one takes it by."""
+    name = "cache" if "cache" in output else "past_key_values"  # before transformers 5.24
+    return {name: output[name]}
+
+
 def exact_logits(model: PreTrainedModel, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
     """Logits [b, s, vocabulary] of the model in float64 with attention of torch's own."""
     exact = copy.deepcopy(model)

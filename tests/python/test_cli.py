@@ -12,7 +12,7 @@ from pathlib import Path
 import flex_prefill
 import numpy as np
 import pytest
-from flex_prefill.cli import main
+from flex_prefill.cli import _COMMANDS, main
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -130,6 +130,7 @@ def test_a_document_becomes_a_chat_or_is_continued(model_folder: Path, tmp_path:
     assert text("What fell?") == "<Rain fell.\n\nWhat fell?>True"
 
 
+@pytest.mark.filterwarnings("error")  # of torch and transformers, people would read them too
 def test_demo_prints_what_people_ask(
     model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -300,7 +301,7 @@ def test_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert flex_prefill.__version__ in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["demo", "bench", "inspect", "calibrate", "info"])
+@pytest.mark.parametrize("command", list(_COMMANDS))
 def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

@@ -15,6 +15,7 @@ from hf_models import (  # noqa: E402
     FAMILIES,
     assert_as_good,
     build,
+    cache_of,
     exact_logits,
     logits,
     tokens,
@@ -91,12 +92,15 @@ class TestDense:
         model, ids = build(family), tokens(2, 450)
         own, exact = logits(model, ids), exact_logits(model, ids)
         patch_model(model, "flash")
-        past = StaticCache(config=model.config, max_cache_len=600) if cache == "static" else None
+        past = {}
+        if cache == "static":
+            static_cache = StaticCache(config=model.config, max_cache_len=600)
+            past = dict.fromkeys(cache_of(model(ids[:1, :1])), static_cache)
         chunks = []
         with collect_audits() as audits, torch.no_grad():
             for chunk in ids.split([150, 170, 130], dim=1):
-                output = model(chunk, past_key_values=past, use_cache=True)
-                past = output.past_key_values
+                output = model(chunk, use_cache=True, **past)
+                past = cache_of(output)
                 chunks.append(output.logits)
         assert len(audits) == 3 * LAYERS
         assert_as_good(torch.cat(chunks, dim=1), own, exact)
@@ -113,7 +117,7 @@ class TestDense:
         inputs = {"attention_mask": mask, "position_ids": positions}
         own, exact = logits(model, ids, **inputs), exact_logits(model, ids, **inputs)
         patch_model(model, "flash")
-        past, chunks = None, []
+        past, chunks = {}, []
         with collect_audits() as audits, torch.no_grad():
             for start in (0, 150, 300):
                 stop = start + 150
@@ -121,10 +125,10 @@ class TestDense:
                     ids[:, start:stop],
                     attention_mask=mask[:, :stop],
                     position_ids=positions[:, start:stop],
-                    past_key_values=past,
                     use_cache=True,
+                    **past,
                 )
-                past = output.past_key_values
+                past = cache_of(output)
                 chunks.append(output.logits)
         assert [len(audit.density) for _, audit in audits[::LAYERS]] == sequences
         assert_as_good(torch.cat(chunks, dim=1), own, exact, mask.bool())
@@ -140,10 +144,10 @@ class TestDense:
         model, ids = build(), tokens(1, 500)
         own, exact = logits(model, ids), exact_logits(model, ids)
         with torch.no_grad():
-            past = model(ids[:, :211], use_cache=True).past_key_values
+            past = cache_of(model(ids[:, :211], use_cache=True))
         patch_model(model, "flash")
         with collect_audits() as audits:
-            got = logits(model, ids[:, 211:], past_key_values=past)
+            got = logits(model, ids[:, 211:], **past)
         assert len(audits) == LAYERS
         assert_as_good(got, own[:, 211:], exact[:, 211:])
 
@@ -213,11 +217,11 @@ class TestGenerate:
         model, ids = build(), tokens(1, 400)
         patch_model(model, "streaming_llm", {"global_window": 16, "local_window": 64})
         with torch.no_grad():
-            past = model(ids[:, :-1], use_cache=True).past_key_values
-            patched = model(ids[:, -1:], past_key_values=past).logits
-            past.crop(-1)
+            past = cache_of(model(ids[:, :-1], use_cache=True))
+            patched = model(ids[:, -1:], **past).logits
+            next(iter(past.values())).crop(-1)
             unpatch_model(model)
-            assert torch.equal(model(ids[:, -1:], past_key_values=past).logits, patched)
+            assert torch.equal(model(ids[:, -1:], **past).logits, patched)
 
 
 def block_masked_attention(pattern: Pattern, block_size: int) -> Any:

@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 from flex_prefill import collect_audits, patch_model  # noqa: E402
 from flex_prefill.hf import CausalMask, attention_forward, causal_mask_or_own  # noqa: E402
-from hf_models import assert_as_good, build, exact_logits, logits, tokens  # noqa: E402
+from hf_models import assert_as_good, build, cache_of, exact_logits, logits, tokens  # noqa: E402
 from transformers.masking_utils import eager_mask, sdpa_mask  # noqa: E402
 
 
@@ -80,12 +80,12 @@ class TestCalls:
         # Decoding, verifying drafted tokens, a short last chunk.
         model, ids = build(), tokens(1, 300)
         with torch.no_grad():
-            past = model(ids[:, :-rows], use_cache=True).past_key_values
-            own = model(ids[:, -rows:], past_key_values=past).logits
-            past.crop(-rows)
+            past = cache_of(model(ids[:, :-rows], use_cache=True))
+            own = model(ids[:, -rows:], **past).logits
+            next(iter(past.values())).crop(-rows)
             patch_model(model, "flash")
             with collect_audits() as audits:
-                got = model(ids[:, -rows:], past_key_values=past).logits
+                got = model(ids[:, -rows:], **past).logits
         assert audits == []
         assert torch.equal(got, own)
 

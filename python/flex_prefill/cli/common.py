@@ -224,6 +224,12 @@ def load_model(folder: Path, dtype: Any, attention: str = "sdpa") -> tuple[Any, 
     return model.eval(), tokenizer
 
 
+def cache_of(output: Any) -> dict[str, Any]:
+    """The cache of a forward pass, as the keyword argument that the next one takes it by."""
+    name = "cache" if "cache" in output else "past_key_values"  # before transformers 5.24
+    return {name: output[name]}
+
+
 def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")

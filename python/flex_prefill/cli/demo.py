@@ -19,6 +19,7 @@ from typing import Any
 from flex_prefill.cli.common import (
     DTYPES,
     add_pattern_arguments,
+    cache_of,
     check_context,
     choose_dtype,
     describe_pattern,
@@ -177,17 +178,17 @@ def _mean(values: list[float]) -> float:
     return statistics.fmean(values) if values else 1.0
 
 
-def _read(model: Any, ids: Any) -> tuple[int, Any]:
-    """The first token of the answer, and the cache."""
+def _read(model: Any, ids: Any) -> tuple[int, dict[str, Any]]:
+    """The first token of the answer, and the cache as `cache_of` gives it."""
     options: dict[str, Any] = {"use_cache": True}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = 1
     output = model(ids, **options)
-    return int(output.logits[0, -1].argmax()), output.past_key_values
+    return int(output.logits[0, -1].argmax()), cache_of(output)
 
 
 def _write(
-    torch: Any, model: Any, tokenizer: Any, token: int, cache: Any, max_new_tokens: int
+    torch: Any, model: Any, tokenizer: Any, token: int, cache: dict[str, Any], max_new_tokens: int
 ) -> str:
     """The greedy answer up to its first line's end."""
     stop = model.generation_config.eos_token_id
@@ -199,8 +200,8 @@ def _write(
         reply = tokenizer.decode(tokens, skip_special_tokens=True)
         if len(tokens) == max_new_tokens or "\n" in reply.lstrip():
             break
-        output = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-        token, cache = int(output.logits[0, -1].argmax()), output.past_key_values
+        output = model(torch.tensor([[token]]), use_cache=True, **cache)
+        token, cache = int(output.logits[0, -1].argmax()), cache_of(output)
     return reply.strip().partition("\n")[0]
 
 
