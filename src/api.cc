@@ -87,6 +87,17 @@ void run_prefill(const Problem& problem, const Pattern& pattern, const Execution
   backend.attend(problem, rows, execution, arena);
 }
 
+// Refuses a workspace that is too small before any stage has written anything, its audit included.
+// `run(arena)` is the call's own code. CUDA backends take their memory before the caller's outputs
+// and audit are written.
+template <typename Run>
+void check_workspace(Workspace workspace, const Execution& execution, Run&& run) {
+  if (is_cuda(execution.backend)) return;
+  Arena needed;
+  run(needed);
+  if (workspace.bytes < needed.bytes()) Arena::refuse(needed.bytes(), workspace.bytes);
+}
+
 const BackendApi::OnDevice& device_api(const Execution& execution, const char* function) {
   if (!is_cuda(execution.backend)) {
     throw Error(ErrorCode::kUnsupported,
@@ -121,6 +132,8 @@ void select(const AttentionInput& input, const Pattern& pattern, const Execution
   check_pattern(pattern, execution);
   const Problem problem = make_problem(input, Purpose::kSelect, execution.backend);
   validate_audit(problem, audit);
+  check_workspace(workspace, execution,
+                  [&](Arena& needed) { run_select(problem, pattern, execution, needed, {}); });
   Arena arena(workspace);
   BlockBits bits = run_select(problem, pattern, execution, arena, audit);
   std::vector<uint64_t> words;
@@ -156,8 +169,11 @@ void attend(const AttentionInput& input, const BlockIndex* index, const Executio
                   "index: mean_correction runs on the reference and cpu backends only");
     }
   }
+  const BackendApi& backend = backend_api(execution.backend);
+  check_workspace(workspace, execution,
+                  [&](Arena& needed) { backend.attend(problem, rows, execution, needed); });
   Arena arena(workspace);
-  backend_api(execution.backend).attend(problem, rows, execution, arena);
+  backend.attend(problem, rows, execution, arena);
 }
 
 size_t attend_workspace_size(const AttentionInput& input, const Execution& execution) {
@@ -177,6 +193,8 @@ void prefill(const AttentionInput& input, const Pattern& pattern, const Executio
   check_pattern(pattern, execution);
   const Problem problem = make_problem(input, Purpose::kAttend, execution.backend, &out, &lse);
   validate_audit(problem, audit);
+  check_workspace(workspace, execution,
+                  [&](Arena& needed) { run_prefill(problem, pattern, execution, needed, {}); });
   Arena arena(workspace);
   run_prefill(problem, pattern, execution, arena, audit);
 }

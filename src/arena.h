@@ -28,6 +28,12 @@ class Arena {
   // Bytes a workspace of any alignment must have for what was taken.
   size_t bytes() const { return used_ == 0 ? 0 : used_ + kAlignment; }
 
+  [[noreturn]] static void refuse(size_t expected, size_t got) {
+    throw Error(ErrorCode::kWorkspaceTooSmall,
+                "workspace: expected at least " + std::to_string(expected) + " bytes, got " +
+                    std::to_string(got) + " (ask the *_workspace_size function)");
+  }
+
   // n elements, aligned to 64 bytes, uninitialised; nullptr when counting.
   template <typename T>
   T* take(size_t n) {
@@ -35,11 +41,7 @@ class Arena {
     const size_t offset = used_;
     used_ += bytes;
     if (counting_) return nullptr;
-    if (used_ > end_) {
-      throw Error(ErrorCode::kWorkspaceTooSmall,
-                  "workspace: expected at least " + std::to_string(used_) + " bytes, got " +
-                      std::to_string(end_) + " (ask the *_workspace_size function)");
-    }
+    if (used_ > end_) refuse(used_, end_);
     return reinterpret_cast<T*>(base_ + offset);
   }
 

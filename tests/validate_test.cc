@@ -183,7 +183,9 @@ TEST(Refuses, BadPattern) {
       {FlexPrefill{.gamma = 1.01f}, "gamma"},
       {FlexPrefill{.tau = -0.1f}, "tau: expected a number in [0, 1]"},
       {FlexPrefill{.tau = nan}, "tau"},
+      {FlexPrefill{.tau = 1.01f}, "tau"},
       {FlexPrefill{.min_budget = -1}, "min_budget: expected at least 0 tokens, got -1"},
+      {FlexPrefill{.min_budget = 0, .max_budget = -1}, "max_budget: expected at least 0 tokens"},
       {FlexPrefill{.min_budget = 512, .max_budget = 256},
        "max_budget: expected at least min_budget = 512, got 256"},
       {VerticalSlash{.vertical_size = -1}, "vertical_size"},
@@ -214,21 +216,111 @@ TEST(Refuses, BadExecution) {
   expect_nothing_written(data);
 }
 
-TEST(Refuses, SmallWorkspace) {
-  for (const Pattern& pattern : {Pattern{Dense{}}, Pattern{FlexPrefill{.min_budget = 64}}}) {
+TEST(Refuses, BackendWithoutAMachine) {
+  for (const Backend backend : {Backend::kCuda, Backend::kSm80, Backend::kSm90}) {
     CaseData data(base_case());
-    const size_t bytes = prefill_workspace_size(data.input, pattern, {});
-    std::vector<std::byte> memory(bytes);
+    std::vector<std::byte> workspace(1 << 20);
     try {
-      prefill(data.input, pattern, {}, {memory.data(), bytes / 2}, data.out);
+      prefill(data.input, Dense{}, {.backend = backend}, {workspace.data(), workspace.size()},
+              data.out, data.lse);
       FAIL() << "no error";
     } catch (const Error& error) {
-      EXPECT_EQ(error.code(), ErrorCode::kWorkspaceTooSmall) << error.what();
+      // No such backend, no such device, or none of its element types.
+      EXPECT_EQ(error.code(), ErrorCode::kUnsupported) << error.what();
+      EXPECT_NE(std::string(error.what()).find("CUDA"), std::string::npos) << error.what();
     }
     expect_nothing_written(data);
+  }
+}
+
+// One that is large enough for select and not for attend, too.
+TEST(Refuses, SmallWorkspace) {
+  const Pattern patterns[] = {Dense{}, FlexPrefill{.min_budget = 64}, VerticalSlash{64, 64},
+                              FlashPrefill{.alpha = 0.9f}};
+  for (const Pattern& pattern : patterns) {
+    CaseData data(base_case());
+    data.input.block_size = 32;
+    const size_t bytes = prefill_workspace_size(data.input, pattern, {});
+    std::vector<std::byte> memory(bytes);
+    std::vector<HeadAudit> audit(8, HeadAudit{.density = -1});
+    for (const size_t less : {bytes, bytes / 2, bytes / 4, bytes / 8, size_t{1}}) {
+      try {
+        prefill(data.input, pattern, {}, {memory.data(), bytes - less}, data.out, data.lse, audit);
+        FAIL() << "no error";
+      } catch (const Error& error) {
+        EXPECT_EQ(error.code(), ErrorCode::kWorkspaceTooSmall) << error.what();
+        const std::string expected = "workspace: expected at least " + std::to_string(bytes) +
+                                     " bytes, got " + std::to_string(bytes - less);
+        EXPECT_NE(std::string(error.what()).find(expected), std::string::npos) << error.what();
+      }
+      expect_nothing_written(data);
+      for (const HeadAudit& head : audit) EXPECT_EQ(head.density, -1);
+    }
     // Any alignment will do.
     std::vector<std::byte> odd(bytes + 1);
     prefill(data.input, pattern, {}, {odd.data() + 1, bytes}, data.out);
+    EXPECT_FALSE(std::isnan(data.out_at(0, 0, 0, 0)));
+  }
+}
+
+TEST(Refuses, SmallWorkspaceOfAStage) {
+  CaseData data(base_case());
+  const Pattern pattern = FlexPrefill{.min_budget = 64};
+  const auto expect_refused = [](const std::string& words, const std::function<void()>& call) {
+    try {
+      call();
+      FAIL() << "no error";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ErrorCode::kWorkspaceTooSmall) << error.what();
+      EXPECT_NE(std::string(error.what()).find(words), std::string::npos) << error.what();
+    }
+  };
+  std::vector<std::byte> memory(1 << 24);
+  const size_t for_select = select_workspace_size(data.input, pattern, {});
+  BlockIndex index = dense_block_index(std::vector<SequenceLengths>{{1, 1}}, 1, 32);
+  std::vector<HeadAudit> audit(8, HeadAudit{.density = -1});
+  expect_refused("expected at least " + std::to_string(for_select), [&] {
+    select(data.input, pattern, {}, {memory.data(), for_select - 1}, index, audit);
+  });
+  EXPECT_EQ(index.h_q, 1);
+  EXPECT_EQ(audit[0].density, -1);
+  const size_t for_attend = attend_workspace_size(data.input, {});
+  expect_refused("got " + std::to_string(for_attend / 2), [&] {
+    attend(data.input, nullptr, {}, {memory.data(), for_attend / 2}, data.out, data.lse);
+  });
+  expect_nothing_written(data);
+}
+
+TEST(Refuses, IndexOfAnotherCallOrNone) {
+  const std::vector<SequenceLengths> lengths{{300, 333}, {300, 333}};
+  const BlockIndex good = dense_block_index(lengths, 4, 64);
+  const std::vector<std::pair<std::function<void(BlockIndex&)>, const char*>> spoils{
+      {[](BlockIndex& x) { x.block_size = 128; }, "index: expected block_size 64, got 128"},
+      {[](BlockIndex& x) { x.h_q = 2; }, "index: expected h_q = 4, got 2"},
+      {[](BlockIndex& x) { x.sequences.pop_back(); }, "index: expected 2 sequences, got 1"},
+      {[](BlockIndex& x) { x.sequences[1].s_q = 299; },
+       "index: sequence 1: expected (s_q, s_kv) = (300, 333), got (299, 333)"},
+      {[](BlockIndex& x) { x.indices[2] = 7; }, "row 1: expected blocks up to the diagonal"},
+      {[](BlockIndex& x) { x.indices[0] = -1; }, "row 0: expected ascending blocks from 0, got -1"},
+      {[](BlockIndex& x) { std::swap(x.indices[3], x.indices[4]); },
+       "row 2: expected ascending blocks"},
+      {[](BlockIndex& x) { x.indptr[1] = 1 << 20; }, "expected indptr to ascend"},
+  };
+  for (const Backend backend : {Backend::kReference, Backend::kCpu}) {
+    CaseData data(base_case());
+    std::vector<std::byte> memory(1 << 24);
+    const auto run = [&](const BlockIndex& index) {
+      attend(data.input, &index, {.backend = backend}, {memory.data(), memory.size()}, data.out,
+             data.lse);
+    };
+    for (const auto& [spoil, expected] : spoils) {
+      BlockIndex index = good;
+      spoil(index);
+      const std::string message = error_of([&] { run(index); });
+      EXPECT_NE(message.find(expected), std::string::npos) << message;
+      expect_nothing_written(data);
+    }
+    run(good);
     EXPECT_FALSE(std::isnan(data.out_at(0, 0, 0, 0)));
   }
 }
