@@ -13,66 +13,11 @@
 #include <thread>
 #include <vector>
 
+#include "c_api_call.h"
 #include "flexprefill/flexprefill.h"
 
+namespace flexprefill::testing {
 namespace {
-
-struct DestroyIndex {
-  void operator()(flexprefill_block_index* index) const { flexprefill_block_index_destroy(index); }
-};
-using IndexPointer = std::unique_ptr<flexprefill_block_index, DestroyIndex>;
-
-std::string last_error() { return flexprefill_last_error(); }
-
-// One batch of two sequences, 2 query heads over 1 K/V head, with memory for all of it.
-struct Call {
-  static constexpr int64_t kB = 2, kSq = 200, kSkv = 260, kHq = 2, kHkv = 1, kD = 16;
-  std::vector<float> q = values(kB * kSq * kHq * kD), k = values(kB * kSkv * kHkv * kD);
-  std::vector<float> v = values(kB * kSkv * kHkv * kD);
-  std::vector<float> out = std::vector<float>(q.size(), 7.0f);
-  flexprefill_input input = flexprefill_input_default();
-  flexprefill_pattern pattern = flexprefill_pattern_default(FLEXPREFILL_PATTERN_VERTICAL_SLASH);
-  flexprefill_execution execution = flexprefill_execution_default();
-  flexprefill_tensor out_tensor{};
-  std::vector<std::byte> workspace = std::vector<std::byte>(8 << 20);
-
-  Call() {
-    input.q = tensor(q, {kB, kSq, kHq, kD});
-    input.k = tensor(k, {kB, kSkv, kHkv, kD});
-    input.v = tensor(v, {kB, kSkv, kHkv, kD});
-    input.block_size = 32;
-    out_tensor = tensor(out, {kB, kSq, kHq, kD});
-    pattern.vertical_size = pattern.slash_size = 64;
-  }
-
-  static std::vector<float> values(int64_t n) {
-    std::vector<float> values(static_cast<size_t>(n));
-    for (size_t i = 0; i < values.size(); ++i) values[i] = std::sin(0.37f * static_cast<float>(i));
-    return values;
-  }
-  static flexprefill_tensor tensor(std::vector<float>& data, std::array<int64_t, 4> shape) {
-    return flexprefill_tensor_contiguous(data.data(), FLEXPREFILL_FLOAT32, 4, shape.data());
-  }
-  flexprefill_status prefill() {
-    return flexprefill_prefill(&input, &pattern, &execution, workspace.data(), workspace.size(),
-                               &out_tensor, nullptr, nullptr, 0);
-  }
-  // The call must be refused with this status, a message with this word and `out` as it was.
-  void expect_refused(flexprefill_status status, const std::string& word) {
-    EXPECT_EQ(prefill(), status) << last_error();
-    EXPECT_NE(last_error().find(word), std::string::npos) << last_error();
-    EXPECT_EQ(out, std::vector<float>(out.size(), 7.0f));
-  }
-  IndexPointer select() {
-    flexprefill_block_index* index = nullptr;
-    EXPECT_EQ(flexprefill_block_index_create(&index), FLEXPREFILL_OK);
-    EXPECT_EQ(flexprefill_select(&input, &pattern, &execution, workspace.data(), workspace.size(),
-                                 index, nullptr, 0),
-              FLEXPREFILL_OK)
-        << last_error();
-    return IndexPointer(index);
-  }
-};
 
 TEST(CApi, GivesWhatTheCppApiGives) {
   Call call;
@@ -83,7 +28,6 @@ TEST(CApi, GivesWhatTheCppApiGives) {
             FLEXPREFILL_OK)
       << last_error();
 
-  using namespace flexprefill;
   const auto view = [](std::vector<float>& data, std::array<int64_t, 4> shape) {
     return contiguous_view(data.data(), DType::kFloat32, shape);
   };
@@ -110,7 +54,6 @@ TEST(CApi, GivesWhatTheCppApiGives) {
 }
 
 TEST(CApi, EveryPatternGivesWhatTheCppApiGives) {
-  using namespace flexprefill;
   const std::vector<flexprefill_minference_head> heads{
       {FLEXPREFILL_MINFERENCE_BLOCK_SPARSE, 0, 64, 0}, {FLEXPREFILL_MINFERENCE_A_SHAPE, 0, 32, 64}};
   const std::vector<MInferenceHead> cpp_heads{{MInferenceHead::Kind::kBlockSparse, 64, 0},
@@ -182,90 +125,6 @@ TEST(CApi, SizeQueriesAreEnough) {
                           bytes, &call.out_tensor, nullptr, nullptr, 0),
       FLEXPREFILL_OK)
       << last_error();
-}
-
-TEST(CApi, RefusesBadArguments) {
-  Call call;
-  call.input.q.dtype = 9;
-  call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "q");
-  call = Call();
-  call.input.k.rank = 5;
-  call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "k");
-  call = Call();
-  call.input.v.shape[1] = 3;
-  call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "v");
-  call = Call();
-  call.input.block_size = 48;
-  call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "block_size");
-  call = Call();
-  call.pattern.kind = 17;
-  call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "pattern.kind");
-  call = Call();
-  call.pattern = flexprefill_pattern_default(FLEXPREFILL_PATTERN_FLEX_PREFILL);
-  call.pattern.max_budget = -2;
-  call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "max_budget");
-  call = Call();
-  call.pattern = flexprefill_pattern_default(FLEXPREFILL_PATTERN_XATTENTION);
-  call.pattern.stride = 12;
-  call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "stride");
-  call.pattern.stride = 16;
-  call.pattern.threshold = 0;
-  call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "threshold");
-  call = Call();
-  call.pattern = flexprefill_pattern_default(FLEXPREFILL_PATTERN_FLASH_PREFILL);
-  call.pattern.alpha = 1.5f;
-  call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "alpha");
-  call = Call();
-  call.pattern = flexprefill_pattern_default(FLEXPREFILL_PATTERN_MINFERENCE);
-  call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "heads");
-  const flexprefill_minference_head bad[2] = {{0, 0, 64, 0}, {5, 0, 64, 64}};
-  call.pattern.heads = bad;
-  call.pattern.heads_count = 2;
-  call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "heads[0].slash_size");
-  call = Call();
-  call.pattern = flexprefill_pattern_default(FLEXPREFILL_PATTERN_XATTENTION);
-  call.execution.backend = FLEXPREFILL_BACKEND_CUDA;
-  EXPECT_EQ(call.prefill(), FLEXPREFILL_UNSUPPORTED);
-  call = Call();
-  call.execution.num_threads = -1;
-  call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "num_threads");
-  call = Call();
-  call.execution.cpu_target = 99;
-  call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "cpu_target");
-  call = Call();
-  call.execution.backend = 99;
-  call.expect_refused(FLEXPREFILL_UNSUPPORTED, "backend");
-  call = Call();
-  call.input.seqlens_kv_count = -1;
-  call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "seqlens_kv");
-  call = Call();
-  call.input.cu_seqlens_q_count = 3;
-  call.expect_refused(FLEXPREFILL_INVALID_ARGUMENT, "cu_seqlens_q");
-  call = Call();
-  call.workspace.resize(1);
-  call.expect_refused(FLEXPREFILL_WORKSPACE_TOO_SMALL, "workspace");
-}
-
-TEST(CApi, RefusesNullPointers) {
-  Call call;
-  size_t bytes = 0;
-  EXPECT_EQ(flexprefill_prefill_workspace_size(nullptr, nullptr, nullptr, &bytes),
-            FLEXPREFILL_INVALID_ARGUMENT);
-  EXPECT_NE(last_error().find("input"), std::string::npos);
-  EXPECT_EQ(flexprefill_attend_workspace_size(&call.input, nullptr, nullptr),
-            FLEXPREFILL_INVALID_ARGUMENT);
-  EXPECT_EQ(flexprefill_attend(&call.input, nullptr, nullptr, call.workspace.data(),
-                               call.workspace.size(), nullptr, nullptr),
-            FLEXPREFILL_INVALID_ARGUMENT);
-  EXPECT_NE(last_error().find("out"), std::string::npos);
-  EXPECT_EQ(flexprefill_select(&call.input, nullptr, nullptr, call.workspace.data(),
-                               call.workspace.size(), nullptr, nullptr, 0),
-            FLEXPREFILL_INVALID_ARGUMENT);
-  EXPECT_EQ(flexprefill_block_index_create(nullptr), FLEXPREFILL_INVALID_ARGUMENT);
-  EXPECT_EQ(flexprefill_block_index_check(nullptr), FLEXPREFILL_INVALID_ARGUMENT);
-  EXPECT_EQ(flexprefill_workspace_create(nullptr), FLEXPREFILL_INVALID_ARGUMENT);
-  flexprefill_block_index_destroy(nullptr);
-  flexprefill_workspace_destroy(nullptr);
 }
 
 TEST(CApi, StructsOfOtherVersions) {
@@ -417,63 +276,6 @@ TEST(CApiIndex, DenseIndexGivesDenseAttention) {
   EXPECT_EQ(attend(index), attend(nullptr));
 }
 
-TEST(CApiIndex, RefusesAnIndexThatIsNotOne) {
-  // One sequence of two blocks, one head: rows {0}, {0, 1}.
-  const int64_t lengths[2] = {64, 64};
-  int64_t indptr[3] = {0, 1, 3};
-  int32_t indices[3] = {0, 0, 1};
-  flexprefill_block_index_view view = flexprefill_block_index_view_default();
-  view.block_size = 32;
-  view.h_q = 1;
-  view.sequence_lengths = lengths;
-  view.sequence_count = 1;
-  view.indptr = indptr;
-  view.indptr_count = 3;
-  view.indices = indices;
-  view.indices_count = 3;
-  const auto expect_refused = [&](const std::string& word) {
-    flexprefill_block_index* index = nullptr;
-    EXPECT_EQ(flexprefill_block_index_from_view(&view, &index), FLEXPREFILL_INVALID_ARGUMENT);
-    EXPECT_EQ(index, nullptr);
-    EXPECT_NE(last_error().find(word), std::string::npos) << last_error();
-  };
-  flexprefill_block_index* index = nullptr;
-  ASSERT_EQ(flexprefill_block_index_from_view(&view, &index), FLEXPREFILL_OK) << last_error();
-  flexprefill_block_index_destroy(index);
-
-  indices[2] = 2;
-  expect_refused("row 1");
-  indices[2] = 0;
-  expect_refused("row 1");
-  indices[2] = 1;
-  indices[0] = -1;
-  expect_refused("row 0");
-  indices[0] = 0;
-  indptr[1] = 4;
-  expect_refused("indptr");
-  indptr[1] = 1;
-  view.indptr_count = 2;
-  expect_refused("indptr");
-  view.indptr_count = 3;
-  view.h_q = 0;
-  expect_refused("h_q");
-  view.h_q = 1;
-  view.sequence_lengths = nullptr;
-  expect_refused("sequence_lengths");
-}
-
-TEST(CApiIndex, RefusesHostileDenseIndex) {
-  const int64_t lengths[2] = {64, 64};
-  flexprefill_block_index* index = nullptr;
-  EXPECT_EQ(flexprefill_block_index_dense(lengths, 1, 1, 0, &index), FLEXPREFILL_INVALID_ARGUMENT);
-  EXPECT_EQ(flexprefill_block_index_dense(lengths, 1, -1, 32, &index),
-            FLEXPREFILL_INVALID_ARGUMENT);
-  const int64_t upside_down[2] = {64, 32};
-  EXPECT_EQ(flexprefill_block_index_dense(upside_down, 1, 1, 32, &index),
-            FLEXPREFILL_INVALID_ARGUMENT);
-  EXPECT_EQ(index, nullptr);
-}
-
 TEST(CApi, NamesAndVersions) {
   EXPECT_EQ(flexprefill_version(), flexprefill::version());
   EXPECT_EQ(flexprefill_c_api_version(), FLEXPREFILL_C_API_VERSION);
@@ -490,3 +292,4 @@ TEST(CApi, NamesAndVersions) {
 }
 
 }  // namespace
+}  // namespace flexprefill::testing

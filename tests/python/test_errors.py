@@ -137,6 +137,7 @@ def test_pages_of_odd_size():
         (fp.FlexPrefill(gamma=1.5), "gamma: expected a number"),
         (fp.FlexPrefill(tau=-0.1), r"tau: expected a number in \[0, 1\]"),
         (fp.FlexPrefill(tau=1.1), "tau: expected a number"),
+        (fp.FlexPrefill(tau=float("nan")), r"tau: expected a number in \[0, 1\], got .*nan"),
         (fp.FlexPrefill(min_budget=-1), "min_budget: expected at least 0 tokens, got -1"),
         (fp.FlexPrefill(max_budget=-1), "max_budget: expected at least 0 tokens, got -1"),
         (fp.FlexPrefill(min_budget=10, max_budget=9), "max_budget: expected at least min_budget"),
