@@ -149,6 +149,61 @@ def test_packed_and_paged(lengths, paged, backend):
             np.testing.assert_allclose(lse[h, rows], attention(*one, seen)[1], 1e-5, 1e-5)
 
 
+def bits(array):
+    return np.asarray(array).view(np.uint16 if array.dtype.itemsize == 2 else np.uint32)
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["packed", "paged"])
+def test_a_sequence_is_pruned_as_if_it_were_alone(layout, dtype, framework):
+    """Sparse, with lse, audit and index: to the bit what each sequence gives by itself."""
+    lengths, page_size = [(400, 400), (150, 555), (20, 700)], 64
+    rng = np.random.default_rng(3)
+    alone = [[x.astype(DTYPES[dtype]) for x in structured(rng, *s, 4, 2, 32)] for s in lengths]
+    q = np.concatenate([x[0][0] for x in alone])
+    starts = np.cumsum([0] + [s_q for s_q, _ in lengths])
+    if layout == "packed":
+        k, v = (np.concatenate([x[i][0] for x in alone]) for i in (1, 2))
+        options = {"cu_seqlens_kv": np.cumsum([0] + [s_kv for _, s_kv in lengths])}
+    else:
+        counts = [-(-s_kv // page_size) for _, s_kv in lengths]
+        pages = rng.permutation(sum(counts))
+        k, v = np.zeros((2, len(pages), page_size, 2, 32), DTYPES[dtype])
+        table = np.zeros((len(lengths), max(counts)), np.int32)
+        for s, (_, s_kv) in enumerate(lengths):
+            table[s, : counts[s]], pages = pages[: counts[s]], pages[counts[s] :]
+            for i in range(s_kv):
+                page = table[s, i // page_size], i % page_size
+                k[page], v[page] = alone[s][1][0, i], alone[s][2][0, i]
+        options = {"page_table": table, "seqlens_kv": [s_kv for _, s_kv in lengths]}
+    pattern = fp.FlexPrefill(gamma=0.7, min_budget=64)
+    both = {"block_size": 32, "audit": True}
+    options |= {"cu_seqlens_q": starts, **both}
+    given = (q, k, v)
+    if framework == "torch":
+        torch = pytest.importorskip("torch")
+        integers = np.int16 if q.dtype.itemsize == 2 else np.int32
+        of = getattr(torch, dtype)
+        given = [torch.from_numpy(x.view(integers)).view(of) for x in (q, k, v)]
+    out, lse, audit = fp.prefill(*given, pattern, return_lse=True, **options)
+    index, _ = fp.select(*given[:2], pattern, **options)
+    if framework == "torch":
+        out = out.view(getattr(torch, np.dtype(integers).name)).numpy().view(DTYPES[dtype])
+        lse = lse.numpy()
+    assert 0 < audit.mean_density < 0.9
+    for s, one in enumerate(alone):
+        rows = slice(starts[s], starts[s + 1])
+        one_out, one_lse, one_audit = fp.prefill(*one, pattern, return_lse=True, **both)
+        np.testing.assert_array_equal(bits(out[rows]), bits(one_out[0]))
+        np.testing.assert_array_equal(lse[:, rows], one_lse[0])
+        for field in ("pattern", "density", "kept_mass", "vertical_blocks", "slash_blocks"):
+            np.testing.assert_array_equal(getattr(audit, field)[s], getattr(one_audit, field)[0])
+        for h in range(4):
+            kept = fp.select(*one[:2], pattern, block_size=32).to_mask(0, h)
+            np.testing.assert_array_equal(index.to_mask(s, h), kept)
+
+
 SELECT_CASES = {
     "one block size of 32": dict(s_q=700, s_kv=700, block_size=32),
     "ragged": dict(s_q=1111, s_kv=1111, block_size=128),
