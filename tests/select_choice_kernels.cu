@@ -51,16 +51,16 @@ class DeviceArrays {
   std::vector<void*> arrays_;
 };
 
-static __global__ void __launch_bounds__(kChooseThreads)
+static __global__ void __launch_bounds__(kChooseThreads, 1)  // without the 1 it spills
     take_kernel(const float* x, int64_t size, Weight weight, uint64_t limit, Taken* taken,
                 uint64_t* bits) {
   auto& shared = *reinterpret_cast<ChooseShared*>(shared_memory());
   const Taken result = take_largest_cta<kChooseThreads>(x, size, weight, limit, shared.take);
   if (threadIdx.x == 0) *taken = result;
   const auto value = [&](int64_t e) { return x[e]; };
-  for (const bool reversed : {false, true}) {
-    write_taken_bits<kChooseThreads>(size, result, reversed, value, shared.ties,
-                                     bits + (reversed ? (size + 63) / 64 : 0));
+  for (int32_t reversed = 0; reversed < 2; ++reversed) {  // over a list: in local memory
+    write_taken_bits<kChooseThreads>(size, result, reversed != 0, value, shared.ties,
+                                     bits + reversed * ((size + 63) / 64));
   }
 }
 
