@@ -410,8 +410,7 @@ void wgmma_wait(int groups, Where where) {
         own.groups.erase(own.groups.begin(), own.groups.begin() + finished);
         while (group.computed < through) compute_next(group);
         deliver(group, warp, through, where);
-        const int first = thread_number() / 32 * 32;
-        for (int lane = 0; lane < 32; ++lane) races().acquire_products(first + lane, through);
+        races().acquire_products(thread_number() / 32, through);
         own.fenced = false;
       },
       where);

@@ -190,6 +190,40 @@ TEST(Emulator, WriteAfterReadNeedsABarrier) {
   });
 }
 
+// Every thread writes, then reads what the thread `distance` from it wrote: of its warp, of its
+// half of the thread block, of the other half.
+enum class Meet { kWarp, kHalf, kBlock, kBlockWithoutSome };
+
+__global__ void read_at_distance(int* results, Meet meet, uint32_t distance) {
+  auto* sValues = reinterpret_cast<int*>(shared_memory());
+  sValues[threadIdx.x] = 1;
+  if (meet == Meet::kBlockWithoutSome && threadIdx.x >= 64) return;
+  if (meet == Meet::kWarp) {
+    __syncwarp();
+  } else if (meet == Meet::kHalf) {
+    sm90::named_barrier_sync(1 + threadIdx.x / 64, 64);
+  } else {
+    __syncthreads();
+  }
+  results[threadIdx.x] = sValues[threadIdx.x ^ distance];
+}
+
+TEST(Emulator, AMeetingOrdersThoseThatMeet) {
+  DeviceArray<int> results(128);
+  const auto run = [&](Meet meet, uint32_t distance) {
+    launch(read_at_distance, 1, 128, 512, nullptr, results.data(), meet, distance);
+  };
+  with_seeds([&] {
+    run(Meet::kWarp, 16);
+    EXPECT_FAILS(run(Meet::kWarp, 32), "race on shared memory");
+    run(Meet::kHalf, 32);
+    EXPECT_FAILS(run(Meet::kHalf, 64), "race on shared memory");
+    run(Meet::kBlock, 64);
+    run(Meet::kBlockWithoutSome, 32);
+    EXPECT_FAILS(run(Meet::kBlockWithoutSome, 64), "race on shared memory");
+  });
+}
+
 // Lanes that arrive at an mbarrier for their warp after __syncwarp, or too early.
 __global__ void arrive_for_the_warp(int* results, bool sync) {
   auto* sValues = reinterpret_cast<int*>(shared_memory());
@@ -360,7 +394,15 @@ TEST(Emulator, CopiesLandAtTheWait) {
 // ---- Compute capability 9.0
 
 // What one warpgroup_product does wrong.
-enum class Mistake { kNone, kNoFence, kNoProxyFence, kNoWait, kEarlyWrite, kTooManyBytes };
+enum class Mistake {
+  kNone,
+  kNoFence,
+  kNoProxyFence,
+  kNoWait,
+  kEarlyWrite,
+  kOverwrite,
+  kTooManyBytes
+};
 
 // s = a b^T, then d [64, 128] = s [b c], all of a, b, c [64, 64] in shared memory by TMA.
 // Rows of a beyond `rows` are stored by the threads, as zero.
@@ -403,6 +445,10 @@ __global__ void warpgroup_product(const __grid_constant__ sm90::TensorMap a,
   }
   sm90::wgmma_commit();
   if (mistake == Mistake::kEarlyWrite) rS[3] = 1.0F;
+  if (mistake == Mistake::kOverwrite) {
+    __syncthreads();  // orders what the threads did, not what their products read
+    *reinterpret_cast<float*>(sA + t * 4) = 1.0F;
+  }
   if (mistake != Mistake::kNoWait) sm90::wgmma_wait<0>();
 
   uint32_t rP[16];
@@ -485,6 +531,7 @@ TEST(Emulator, MistakesOfWarpgroupsAreNamed) {
   EXPECT_FAILS(test.run(Mistake::kNoFence), "wgmma without wgmma.fence");
   EXPECT_FAILS(test.run(Mistake::kNoProxyFence), "without fence.proxy.async");
   EXPECT_FAILS(test.run(Mistake::kEarlyWrite), "was written while");
+  EXPECT_FAILS(test.run(Mistake::kOverwrite), "by wgmma of warpgroup 0");
   EXPECT_FAILS(test.run(Mistake::kTooManyBytes), "mbarrier.try_wait (emulator_test.cu");
   test.run(Mistake::kNoWait);
   EXPECT_TRUE(std::isnan(test.d.download()[0]));

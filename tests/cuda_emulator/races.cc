@@ -4,91 +4,153 @@
 
 namespace cuda_emulator {
 void Races::join(Clock& to, const Clock& from) {
-  to.resize(std::max(to.size(), from.size()), 0);
+  if (to.size() < from.size()) to.resize(from.size(), 0);
   for (size_t i = 0; i < from.size(); ++i) to[i] = std::max(to[i], from[i]);
 }
 
 void Races::start_block(int threads, size_t shared_bytes) {
   threads_ = threads;
   ++block_;
-  const int all = threads + (threads + 127) / 128;
-  clocks_.resize(all);
-  for (int i = 0; i < all; ++i) {
-    clocks_[i].assign(all, 0);
-    clocks_[i][i] = i < threads ? 1 : 0;
-  }
-  changed_.assign(threads, true);
-  words_.resize(std::max(words_.size(), (shared_bytes + 3) / 4));
+  const int warps = (threads + 31) / 32, all = threads + (threads + 127) / 128;
+  const auto clear = [all](std::vector<Clock>& clocks, int n) {
+    clocks.resize(n);
+    for (Clock& clock : clocks) clock.assign(all, 0);
+  };
+  clear(warp_clocks_, warps);
+  clear(clocks_, all);
+  block_clock_.assign(all, 0);
+  time_.assign(all, 0);
+  std::fill_n(time_.begin(), threads, 1);
+  warp_knows_more_.assign(warps, 0);
+  knows_more_.assign(threads, 0);
+  const size_t words = std::max(words_.size(), (shared_bytes + 3) / 4);
+  words_.resize(words);
+  word_blocks_.resize(words, 0);
 }
 
-std::string Races::access(int thread, size_t offset, size_t bytes, Kind kind, uint32_t line) {
+bool Races::access(int thread, size_t offset, size_t bytes, Kind kind, uint32_t line) {
+  const uint64_t mine = static_cast<uint64_t>(kind) | static_cast<uint64_t>(thread) << 6 |
+                        uint64_t{line & 32767} << 17 | uint64_t{time_[thread]} << 32;
   for (size_t byte = offset; byte < offset + bytes;) {
     const size_t end = std::min(byte / 4 * 4 + 4, offset + bytes);
-    const auto mask = static_cast<uint8_t>(((1u << (end - byte)) - 1) << byte % 4);
-    Word& word = words_[byte / 4];
-    if (word.block != block_) word = {.block = block_, .accesses = {}};
-    Access* place = nullptr;
-    for (Access& other : word.accesses) {
-      if (other.kind == Kind::kNone) {
-        place = &other;  // and none after it
-        break;
-      }
-      const bool ordered = other.thread == thread || before(other, thread);
-      const bool reads = other.kind == Kind::kRead && kind == Kind::kRead;
-      const bool atomics = other.kind == Kind::kAtomic && kind == Kind::kAtomic;
-      if (!ordered && !reads && !atomics && (other.bytes & mask) != 0) {
-        const auto name = [](Kind what) {
-          return what == Kind::kRead ? "read" : what == Kind::kWrite ? "write" : "atomic operation";
-        };
-        return std::string("race on shared memory: a ") + name(kind) + " of byte " +
-               std::to_string(byte) + " and a " + name(other.kind) + " by " +
-               (other.thread < threads_
-                    ? "thread " + std::to_string(other.thread)
-                    : "wgmma of warpgroup " + std::to_string(other.thread - threads_)) +
-               " after line " + std::to_string(other.line);
-      }
-      // What this access stands for from now on: all that comes after it comes after `other`.
-      if (ordered && (other.bytes & ~mask) == 0 && (kind == Kind::kWrite || other.kind == kind)) {
-        place = &other;
-      }
+    const uint64_t mask = ((1U << (end - byte)) - 1) << byte % 4;
+    if (word_blocks_[byte / 4] != block_) {
+      word_blocks_[byte / 4] = block_;
+      words_[byte / 4] = {};
     }
-    if (place == nullptr) {
-      place = &word.accesses[turn_++ % kRemembered];  // forgets one
+    if (!access_word(words_[byte / 4], {mine | mask << 2})) {
+      race_ += ", byte " + std::to_string(byte);
+      return false;
     }
-    *place = {.clock = clocks_[thread][thread],
-              .line = line,
-              .thread = static_cast<uint16_t>(thread),
-              .bytes = mask,
-              .kind = kind};
     byte = end;
   }
-  return "";
+  return true;
+}
+
+bool Races::access_word(Word& word, Access mine) {
+  for (const Access& other : word.accesses) {
+    if (other.same_but_for_line(mine)) return true;  // whatever came since was held against it
+  }
+  const int thread = mine.thread();
+  const bool is_thread = thread < threads_;
+  const uint32_t* all_know = is_thread ? block_clock_.data() : clocks_[thread].data();
+  const uint32_t* warp_knows = is_thread ? warp_clocks_[thread / 32].data() : all_know;
+  const uint32_t* it_knows =
+      is_thread && knows_more_[thread] != 0 ? clocks_[thread].data() : all_know;
+  int kept = 0;
+  for (const Access other : word.accesses) {
+    if (other.kind() == Kind::kNone) break;
+    const int by = other.thread();
+    const bool ordered = by == thread || other.time() <= all_know[by] ||
+                         other.time() <= warp_knows[by] || other.time() <= it_knows[by];
+    const bool alike = other.kind() == mine.kind() && mine.kind() != Kind::kWrite;
+    if (!ordered && !alike && (other.bytes() & mine.bytes()) != 0) {
+      describe(other, mine.kind());
+      return false;
+    }
+    // What this access stands for from now on: all that comes after it comes after `other`.
+    const bool covered = ordered && (other.bytes() & ~mine.bytes()) == 0 &&
+                         (mine.kind() == Kind::kWrite || other.kind() == mine.kind());
+    if (!covered) word.accesses[kept++] = other;
+  }
+  if (kept == kRemembered) {
+    word.accesses[turn_++ % kRemembered] = mine;  // forgets one
+    return true;
+  }
+  word.accesses[kept++] = mine;
+  if (kept < kRemembered) word.accesses[kept] = {};
+  return true;
+}
+
+void Races::describe(Access earlier, Kind kind) {
+  const auto name = [](Kind what) {
+    return what == Kind::kRead ? "read" : what == Kind::kWrite ? "write" : "atomic operation";
+  };
+  const int by = earlier.thread();
+  race_ = std::string("race on shared memory: a ") + name(kind) + " and a " + name(earlier.kind()) +
+          " by " +
+          (by < threads_ ? "thread " + std::to_string(by)
+                         : "wgmma of warpgroup " + std::to_string(by - threads_)) +
+          " after line " + std::to_string(earlier.line());
 }
 
 void Races::release(int thread, Clock& to) {
-  join(to, clocks_[thread]);
-  ++clocks_[thread][thread];
-  changed_[thread] = true;
+  join(to, block_clock_);
+  if (warp_knows_more_[thread / 32] != 0) join(to, warp_clocks_[thread / 32]);
+  if (knows_more_[thread] != 0) join(to, clocks_[thread]);
+  to[thread] = time_[thread]++;
 }
 
 void Races::acquire(int thread, const Clock& from) {
+  if (from.empty()) return;
   join(clocks_[thread], from);
-  changed_[thread] = true;
+  knows_more_[thread] = 1;
 }
 
-void Races::acquire_products(int thread, int64_t product) {
-  uint32_t& known = clocks_[thread][warpgroup(thread)];
+void Races::take_own(int thread, Clock& to) {
+  if (knows_more_[thread] != 0) join(to, clocks_[thread]);
+  knows_more_[thread] = 0;
+}
+
+void Races::take_warp(int warp, Clock& to) {
+  if (warp_knows_more_[warp] != 0) join(to, warp_clocks_[warp]);
+  warp_knows_more_[warp] = 0;
+}
+
+void Races::meet_block(std::span<const int> threads) {
+  for (const int thread : threads) {
+    take_warp(thread / 32, block_clock_);
+    take_own(thread, block_clock_);
+    block_clock_[thread] = time_[thread]++;
+  }
+}
+
+void Races::meet_warp(int warp) {
+  for (int thread = warp * 32; thread < warp * 32 + 32; ++thread) {
+    take_own(thread, warp_clocks_[warp]);
+    warp_clocks_[warp][thread] = time_[thread]++;
+  }
+  warp_knows_more_[warp] = 1;
+}
+
+void Races::acquire_products(int warp, int64_t product) {
+  uint32_t& known = warp_clocks_[warp][warpgroup(warp * 32)];
   known = std::max(known, static_cast<uint32_t>(product));
+  warp_knows_more_[warp] = 1;
 }
 
 void Races::start_product(int warpgroup) {
   const int first = (warpgroup - threads_) * 128;
+  Clock& clock = clocks_[warpgroup];
+  join(clock, block_clock_);
   for (int thread = first; thread < first + 128; ++thread) {
-    if (!changed_[thread]) continue;
-    join(clocks_[warpgroup], clocks_[thread]);
-    changed_[thread] = false;
+    if (thread % 32 == 0 && warp_knows_more_[thread / 32] != 0) {
+      join(clock, warp_clocks_[thread / 32]);
+    }
+    if (knows_more_[thread] != 0) join(clock, clocks_[thread]);
+    clock[thread] = time_[thread];
   }
-  ++clocks_[warpgroup][warpgroup];
+  ++time_[warpgroup];
 }
 
 }  // namespace cuda_emulator

@@ -69,10 +69,15 @@ struct Fiber {
 struct Meeting {
   const char* what;
   Where where;
-  uint32_t mask;
+  uint32_t mask, arrived;
+  std::array<void*, 32> arguments;
+};
+
+struct WarpgroupMeeting {
+  const char* what;
+  Where where;
   int missing;
   std::array<void*, 128> arguments;
-  std::array<bool, 128> arrived;
 };
 
 struct Warp {
@@ -84,8 +89,8 @@ struct Warp {
 };
 
 struct Barrier {
-  unsigned expected = 0, arrived = 0;
-  int predicates = 0;  // of count_at_barrier
+  unsigned expected = 0, arrived = 0;  // expected 0: the whole block
+  int predicates = 0;                  // of count_at_barrier
   std::vector<int> waiting;
   Races::Clock clock;  // of those that have arrived
 };
@@ -93,7 +98,7 @@ struct Barrier {
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  std::vector<std::unique_ptr<Meeting>> warpgroup_meetings;
+  std::vector<std::unique_ptr<WarpgroupMeeting>> warpgroup_meetings;
   std::vector<std::shared_ptr<WarpgroupProducts>> products;
   std::array<Barrier, kBarriers> barriers;
   std::map<const uint64_t*, PhaseClocks> phase_clocks;
@@ -172,15 +177,14 @@ void release(Barrier& barrier) {
   if (&barrier == device.block.barriers.data()) device.block.last_count = barrier.predicates;
   for (const int thread : barrier.waiting) {
     make_ready(thread);
-    races().acquire(thread, barrier.clock);
+    if (barrier.expected != 0) races().acquire(thread, barrier.clock);
   }
+  if (barrier.expected == 0) races().meet_block(barrier.waiting);
   barrier = {};
 }
 
-void release_meeting(Warp& warp, size_t number, int first_thread) {
-  for (int lane = 0; lane < 32; ++lane) {
-    if (warp.meetings[number].arrived[lane]) make_ready(first_thread + lane);
-  }
+void release_meeting(Warp& warp, size_t number) {
+  warp.ready |= warp.meetings[number].arrived;
   warp.meetings.erase(warp.meetings.begin() + static_cast<ptrdiff_t>(number));
 }
 
@@ -206,7 +210,9 @@ void thread_main() {
 
 // A stack on which cuda_emulator_switch returns into thread_main.
 void prepare_stack(Fiber& fiber, int thread) {
-  auto* top = reinterpret_cast<void**>(device.stacks + (thread + 1) * kStackBytes);
+  // Not all at the same offset, where few of them would fit a cache: 64 lines, taken in turn.
+  const size_t offset = static_cast<size_t>(thread * 9 % 64) * 64;
+  auto* top = reinterpret_cast<void**>(device.stacks + (thread + 1) * kStackBytes - offset);
   *--top = nullptr;  // thread_main's return address: keeps the stack aligned as after a call
   *--top = reinterpret_cast<void*>(&thread_main);
   for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
@@ -426,8 +432,7 @@ void fail(const std::string& message, Where where) {
 void meet_warp(uint32_t mask, const char* what, void* argument, Perform perform, void* context,
                Where where) {
   const int lane = lane_number();
-  const int first_thread = device.current - lane;
-  Warp& warp = device.block.warps[first_thread / 32];
+  Warp& warp = device.block.warps[device.current / 32];
   stand_at(what, where);
   if ((mask >> lane & 1) == 0)
     fail(std::string(what) + " by a lane that is not in its mask", where);
@@ -436,23 +441,23 @@ void meet_warp(uint32_t mask, const char* what, void* argument, Perform perform,
   }
   size_t number = 0;
   while (number < warp.meetings.size() &&
-         (warp.meetings[number].mask != mask || warp.meetings[number].arrived[lane])) {
+         (warp.meetings[number].mask != mask || (warp.meetings[number].arrived >> lane & 1) != 0)) {
     ++number;
   }
   if (number == warp.meetings.size()) {
-    warp.meetings.push_back({what, where, mask, __builtin_popcount(mask), {}, {}});
+    warp.meetings.push_back({what, where, mask, 0, {}});
   }
   Meeting& meeting = warp.meetings[number];
-  if (std::strcmp(meeting.what, what) != 0) {
+  if (meeting.what != what && std::strcmp(meeting.what, what) != 0) {
     fail("lanes of one warp stand at different instructions: " +
              place(meeting.what, meeting.where) + " and " + what,
          where);
   }
   meeting.arguments[lane] = argument;
-  meeting.arrived[lane] = true;
-  if (--meeting.missing > 0) return leave();
+  meeting.arrived |= 1u << lane;
+  if (meeting.arrived != mask) return leave();
   perform(meeting.arguments.data(), context);
-  release_meeting(warp, number, first_thread);
+  release_meeting(warp, number);
   warp.ready &= ~(1u << lane);  // it is running
 }
 
@@ -461,6 +466,7 @@ void sync_warp(uint32_t mask, Where where) {
   at_warp(
       mask, "__syncwarp", thread,
       [mask](int* const* threads) {
+        if (mask == 0xffffffffu) return races().meet_warp(*threads[0] / 32);
         Races::Clock clock;
         for (uint32_t rest = mask; rest != 0; rest &= rest - 1) {
           races().release(*threads[__builtin_ctz(rest)], clock);
@@ -479,9 +485,9 @@ void meet_warpgroup(const char* what, void* argument, Perform perform, void* con
   if ((group + 1) * 128 > static_cast<int>(device.block.fibers.size())) {
     fail(std::string(what) + " outside of a whole warpgroup", where);
   }
-  std::unique_ptr<Meeting>& meeting = device.block.warpgroup_meetings[group];
-  if (meeting == nullptr) meeting.reset(new Meeting{what, where, 0, 128, {}, {}});
-  if (std::strcmp(meeting->what, what) != 0) {
+  std::unique_ptr<WarpgroupMeeting>& meeting = device.block.warpgroup_meetings[group];
+  if (meeting == nullptr) meeting.reset(new WarpgroupMeeting{what, where, 128, {}});
+  if (meeting->what != what && std::strcmp(meeting->what, what) != 0) {
     fail("threads of one warpgroup stand at different instructions: " +
              place(meeting->what, meeting->where) + " and " + what,
          where);
@@ -509,14 +515,15 @@ void barrier(unsigned number, unsigned threads, bool wait, Where where) {
   }
   barrier.expected = threads;
   ++barrier.arrived;
-  races().release(device.current, barrier.clock);
+  const bool whole_block = threads == 0;
+  if (!whole_block) races().release(device.current, barrier.clock);
+  if (wait) barrier.waiting.push_back(device.current);
   const bool complete =
-      barrier.arrived == (threads == 0 ? static_cast<unsigned>(device.block.live) : threads);
+      barrier.arrived == (whole_block ? static_cast<unsigned>(device.block.live) : threads);
   if (complete) {
-    if (wait) races().acquire(device.current, barrier.clock);
     release(barrier);
+    device.block.warps[device.current / 32].ready &= ~(1u << lane_number());  // it is running
   } else if (wait) {
-    barrier.waiting.push_back(device.current);
     leave();
   }
 }

@@ -96,10 +96,12 @@ Races& races() { return shared.races; }
 void check_access(const void* data, size_t bytes, Races::Kind kind, Where where, By by) {
   if (!settings().find_races) return;
   const int thread = thread_number();
-  const std::string race = shared.races.access(
-      by == By::kThread ? thread : shared.races.warpgroup(thread),
-      static_cast<const std::byte*>(data) - shared.data, bytes, kind, last_place().line());
-  if (!race.empty()) fail(race + "; this thread was last in", where);
+  Races& races = shared.races;
+  if (!races.access(by == By::kThread ? thread : races.warpgroup(thread),
+                    static_cast<const std::byte*>(data) - shared.data, bytes, kind,
+                    last_place().line())) {
+    fail(races.race() + "; this thread was last in", where);
+  }
 }
 
 void instrumented_access(const void* data, size_t bytes, Races::Kind kind) {
