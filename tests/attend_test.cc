@@ -270,10 +270,10 @@ struct OddlyLaid {
   TensorView view;
 
   explicit OddlyLaid(const TensorView& from) : view(from) {
-    const auto& [b, s, h, d] = from.shape;
+    const int64_t s = from.shape[1], h = from.shape[2], d = from.shape[3];
     const int64_t head = d | 1, row = (h * head) | 1, sequence = s * row + 2;
     const auto size = static_cast<int64_t>(element_size(from.dtype));
-    memory.resize((b * sequence + 1) * size);
+    memory.resize((from.shape[0] * sequence + 1) * size);
     view.strides = {sequence, -row, head, 1};
     view.data = memory.data() + ((s - 1) * row + 1) * size;
     for_each_row(from, [&](std::byte* theirs, std::byte* ours) {

@@ -193,7 +193,8 @@ TEST(Refuses, BadPattern) {
       {StreamingLlm{.global_window = -1}, "global_window"},
       {StreamingLlm{.local_window = 0}, "local_window: expected at least 1"},
   };
-  for (const auto& [pattern, expected] : patterns) {
+  for (const auto& [bad, expected] : patterns) {
+    const Pattern& pattern = bad;  // clang 14 lets no lambda capture a structured binding
     CaseData data(base_case());
     const std::string message = error_of([&] { prefill_case(data, pattern); });
     EXPECT_NE(message.find(expected), std::string::npos) << message;
