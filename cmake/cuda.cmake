@@ -14,6 +14,8 @@ set(flexprefill_cuda_sources
 # 90a too: launch_overlapped counts on code for it.
 set(flexprefill_select_sources
   src/cuda/device_index.cu
+  src/select/block_means_cuda.cu
+  src/select/select_blocks_cuda.cu
   src/select/select_cuda.cu)
 string(REGEX REPLACE "8[1-9]" "80" flexprefill_select_architectures
   "${FLEXPREFILL_CUDA_ARCHITECTURES}")

@@ -31,21 +31,6 @@ bool mean_correction(const Pattern& pattern) {
   return flash != nullptr && flash->mean_correction;
 }
 
-// Refuses what no backend computes, and what this one does not.
-void check_pattern(const Pattern& pattern, const Execution& execution) {
-  validate_pattern(pattern);
-  const char* name = std::holds_alternative<XAttention>(pattern)     ? "xattention"
-                     : std::holds_alternative<FlashPrefill>(pattern) ? "flash_prefill"
-                     : std::holds_alternative<MInference>(pattern)   ? "minference"
-                                                                     : nullptr;
-  if (name != nullptr && is_cuda(execution.backend)) {
-    throw Error(ErrorCode::kUnsupported,
-                std::string("pattern: ") + name +
-                    " runs on the reference and cpu backends only; on a GPU choose dense, "
-                    "flex_prefill, vertical_slash or streaming_llm");
-  }
-}
-
 // Each stage as one function for both the size query (a counting arena) and the call.
 BlockBits lay_out_bits(const Problem& problem, Arena& arena) {
   BlockBits bits = BlockBits::layout(problem);
@@ -129,7 +114,7 @@ void check_device_index(const Problem& problem, const DeviceBlockIndex& index) {
 void select(const AttentionInput& input, const Pattern& pattern, const Execution& execution,
             Workspace workspace, BlockIndex& index, std::span<HeadAudit> audit) {
   check_execution(execution);
-  check_pattern(pattern, execution);
+  validate_pattern(pattern);
   const Problem problem = make_problem(input, Purpose::kSelect, execution.backend);
   validate_audit(problem, audit);
   check_workspace(workspace, execution,
@@ -147,7 +132,7 @@ void select(const AttentionInput& input, const Pattern& pattern, const Execution
 size_t select_workspace_size(const AttentionInput& input, const Pattern& pattern,
                              const Execution& execution) {
   check_execution(execution);
-  check_pattern(pattern, execution);
+  validate_pattern(pattern);
   Arena arena;
   run_select(make_problem(input, Purpose::kSelectSize, execution.backend), pattern, execution,
              arena, {});
@@ -190,7 +175,7 @@ void prefill(const AttentionInput& input, const Pattern& pattern, const Executio
              Workspace workspace, const TensorView& out, const TensorView& lse,
              std::span<HeadAudit> audit) {
   check_execution(execution);
-  check_pattern(pattern, execution);
+  validate_pattern(pattern);
   const Problem problem = make_problem(input, Purpose::kAttend, execution.backend, &out, &lse);
   validate_audit(problem, audit);
   check_workspace(workspace, execution,
@@ -202,7 +187,7 @@ void prefill(const AttentionInput& input, const Pattern& pattern, const Executio
 size_t prefill_workspace_size(const AttentionInput& input, const Pattern& pattern,
                               const Execution& execution) {
   check_execution(execution);
-  check_pattern(pattern, execution);
+  validate_pattern(pattern);
   Arena arena;
   run_prefill(make_problem(input, Purpose::kAttendSize, execution.backend), pattern, execution,
               arena, {});
@@ -221,8 +206,9 @@ void select_on_device(const AttentionInput& input, const Pattern& pattern,
                       const Execution& execution, Workspace workspace, DeviceBlockIndex& index,
                       HeadAudit* audit) {
   const BackendApi::OnDevice& backend = device_api(execution, "select_on_device");
-  check_pattern(pattern, execution);
+  validate_pattern(pattern);
   const Problem problem = make_problem(input, Purpose::kSelect, execution.backend);
+  validate_pattern_heads(problem, pattern);
   check_device_index(problem, index);
   if (const int64_t most = most_indices(problem); index.capacity < most) {
     throw Error(ErrorCode::kInvalidArgument,
@@ -239,10 +225,11 @@ void select_on_device(const AttentionInput& input, const Pattern& pattern,
 size_t select_on_device_workspace_size(const AttentionInput& input, const Pattern& pattern,
                                        const Execution& execution) {
   const BackendApi::OnDevice& backend = device_api(execution, "select_on_device");
-  check_pattern(pattern, execution);
+  validate_pattern(pattern);
+  const Problem problem = make_problem(input, Purpose::kSelectSize, execution.backend);
+  validate_pattern_heads(problem, pattern);
   Arena arena;
-  backend.select_on_device(make_problem(input, Purpose::kSelectSize, execution.backend), pattern,
-                           execution, arena, {}, nullptr);
+  backend.select_on_device(problem, pattern, execution, arena, {}, nullptr);
   return arena.bytes();
 }
 

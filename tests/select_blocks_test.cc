@@ -19,6 +19,7 @@
 #include "math.h"
 #include "select_oracle.h"
 #include "selection.h"
+#include "staged_call.h"
 #include "test_executions.h"
 
 namespace flexprefill::testing {
@@ -43,6 +44,8 @@ class BlockOracle {
   BlockGrid grid;
   Flags must, may;
   double slack = 4e-6;  // relative error of a score
+  // FlashPrefill's means are rounded to the element type, as the CUDA backends do.
+  bool rounded_means = false;
 
   // For every pair of a query and a key on an antidiagonal of their groups: no strided views.
   void x_attention(const XAttention& pattern) {
@@ -79,6 +82,7 @@ class BlockOracle {
   void flash_prefill(const FlashPrefill& pattern) {
     const auto blocks = [&](int64_t tokens) { return (tokens + block_ - 1) / block_; };
     mean_slack();
+    if (rounded_means) rounding_slack();
     for (int64_t r = 0; r < grid.n_q; ++r) {
       const int64_t i = grid.first_q_block + r;
       const bool full =
@@ -203,6 +207,18 @@ class BlockOracle {
     }
     slack = std::max(slack, 4e-7 * std::abs(scale_) * q_size * k_size);
   }
+  void rounding_slack() {
+    const double unit = data_.c.dtype == DType::kFloat16 ? 0x1p-11 : 0x1p-8;
+    double q_size = 0, mean_size = 0;
+    for (int64_t i = 0; i < lengths_.s_q; ++i) {
+      const Numbers row = q(i);
+      q_size = std::max(q_size, std::sqrt(dot(row, row)));
+    }
+    for (int64_t j = 0; j < grid.n_kv; ++j) {
+      mean_size = std::max(mean_size, std::sqrt(dot(k_mean(j), k_mean(j))));
+    }
+    slack += unit / 2 * std::abs(scale_) * q_size * mean_size;
+  }
   // Blocks 0 and i, then the best until they reach the share.
   void keep_share(int64_t r, const Numbers& row, double threshold) {
     const auto i = static_cast<int64_t>(row.size()) - 1;
@@ -242,6 +258,13 @@ bool stays_short(SequenceLengths lengths, const Case& c) {
   return lengths.s_q <= c.block_size || lengths.s_kv <= 2 * c.block_size;
 }
 
+// Those that take the case's element type.
+std::vector<Execution> executions_for(const CaseData& data) {
+  std::vector<Execution> all = executions(Stage::kSelect);
+  std::erase_if(all, [&](const Execution& e) { return !takes(e, data.c.dtype); });
+  return all;
+}
+
 // Several tasks, several panels, chunks inside blocks and groups, pages.
 std::vector<Case> block_cases() {
   std::vector<Case> cases = all_cases();
@@ -252,6 +275,29 @@ std::vector<Case> block_cases() {
                    .block_size = 128,
                    .fill = Fill::kStructured,
                    .seed = 91});
+  // More than a tile of groups, of means and of query blocks, rows on 2 bytes.
+  cases.push_back({.name = "many_tiles",
+                   .lengths = {{2900, 4500}},
+                   .h_q = 2,
+                   .h_kv = 1,
+                   .d_qk = 72,
+                   .d_v = 16,
+                   .dtype = DType::kBFloat16,
+                   .block_size = 32,
+                   .layout = Layout::kOdd,
+                   .fill = Fill::kStructured,
+                   .seed = 94});
+  cases.push_back({.name = "many_sequences",
+                   .lengths = {{1000, 1000}, {129, 1500}, {10, 900}, {700, 2300}},
+                   .h_q = 6,
+                   .h_kv = 2,
+                   .d_qk = 16,
+                   .d_v = 16,
+                   .dtype = DType::kFloat16,
+                   .block_size = 128,
+                   .gqa_interleave = true,
+                   .layout = Layout::kPacked,
+                   .seed = 95});
   cases.push_back({.name = "longer_paged",
                    .lengths = {{701, 1100}, {200, 1301}},
                    .h_q = 2,
@@ -279,27 +325,31 @@ class SelectBlocksCase : public ::testing::TestWithParam<Case> {
   // One pattern on every backend; decide(oracle, the probe's, head) decides.
   template <typename Decide>
   void check(const CaseData& data, const Pattern& pattern, const Decide& decide) {
+    const std::vector<Execution> all = executions_for(data);
     std::vector<Selection> selections;
-    for (const Execution& execution : host_executions()) {
-      selections.push_back(run(data, pattern, execution));
-    }
+    for (const Execution& execution : all) selections.push_back(run(data, pattern, execution));
     int64_t blocks = 0, undecided = 0;
     for (int64_t s = 0; s < static_cast<int64_t>(data.lengths.size()); ++s) {
       for (int32_t h = 0; h < data.c.h_q; ++h) {
-        BlockOracle want(data, s, h);
+        BlockOracle want(data, s, h), want_on_device(data, s, h);
+        want_on_device.rounded_means = true;
         const bool is_short = stays_short(data.lengths[s], data.c);
         HeadPattern expected = HeadPattern::kDense;
         const Oracle mass(data, s, h);
-        if (!is_short) expected = decide(want, mass, h);
+        if (!is_short) {
+          expected = decide(want, mass, h);
+          decide(want_on_device, mass, h);
+        }
         for (size_t e = 0; e < selections.size(); ++e) {
-          SCOPED_TRACE(execution_name(host_executions()[e]) + " sequence " + std::to_string(s) +
-                       " head " + std::to_string(h));
+          SCOPED_TRACE(execution_name(all[e]) + " sequence " + std::to_string(s) + " head " +
+                       std::to_string(h));
+          const BlockOracle& by = is_cuda(all[e].backend) ? want_on_device : want;
           const Selection& got = selections[e];
           EXPECT_EQ(got.head(s, h).pattern, expected);
           if (is_short) {
             EXPECT_TRUE(got.is_dense(s, h));
           } else {
-            check_head(got, mass, s, h, want.must, want.may);
+            check_head(got, mass, s, h, by.must, by.may);
           }
         }
         for (size_t r = 0; r < want.must.size(); ++r) {
@@ -382,13 +432,14 @@ INSTANTIATE_TEST_SUITE_P(CaseTable, SelectBlocksCase, ::testing::ValuesIn(block_
 
 class SelectBlocksOn : public ::testing::TestWithParam<Execution> {};
 
-Case medium_case() {
+Case medium_case(const Execution& execution) {
   return {.name = "medium",
           .lengths = {{700, 1200}, {700, 1200}},
           .h_q = 4,
           .h_kv = 2,
           .d_qk = 32,
           .d_v = 32,
+          .dtype = widest_dtype(execution),
           .block_size = 64,
           .fill = Fill::kStructured,
           .seed = 5};
@@ -405,10 +456,10 @@ std::vector<Pattern> medium_patterns() {
 }
 
 TEST_P(SelectBlocksOn, SameBitsForAnyNumberOfThreads) {
-  if (GetParam().backend == Backend::kReference) GTEST_SKIP() << "one thread";
+  if (GetParam().backend != Backend::kCpu) GTEST_SKIP() << "no threads of the CPU's";
   namespace tbb = oneapi::tbb;
   const tbb::global_control allow(tbb::global_control::max_allowed_parallelism, 8);
-  const CaseData data(medium_case());
+  const CaseData data(medium_case(GetParam()));
   for (const Pattern& pattern : medium_patterns()) {
     Execution execution = GetParam();
     execution.num_threads = 1;
@@ -421,13 +472,14 @@ TEST_P(SelectBlocksOn, SameBitsForAnyNumberOfThreads) {
 }
 
 TEST_P(SelectBlocksOn, TheAuditChangesNothing) {
-  const CaseData data(medium_case());
+  const CaseData data(medium_case(GetParam()));
   for (const Pattern& pattern : medium_patterns()) {
     const Selection audited = run(data, pattern, GetParam());
-    WorkspaceBuffer buffer;
+    StagedCall call(data.input, {}, {}, GetParam());
     BlockIndex index;
-    select(data.input, pattern, GetParam(),
-           buffer.reserve(select_workspace_size(data.input, pattern, GetParam())), index);
+    select(call.input, pattern, GetParam(),
+           call.workspace(select_workspace_size(call.input, pattern, GetParam())), index);
+    call.finish();
     EXPECT_EQ(index.indptr, audited.index.indptr);
     EXPECT_EQ(index.indices, audited.index.indices);
   }
@@ -437,7 +489,7 @@ TEST_P(SelectBlocksOn, ANaNKeepsItsHeadsDenseAndNoOther) {
   for (const float bad :
        {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
     for (const Pattern& pattern : medium_patterns()) {
-      CaseData key(medium_case());
+      CaseData key(medium_case(GetParam()));
       const Selection clean = run(key, pattern, GetParam());
       key.set_k(0, 333, 1, 0, bad);
       const Selection got = run(key, pattern, GetParam());
@@ -447,7 +499,7 @@ TEST_P(SelectBlocksOn, ANaNKeepsItsHeadsDenseAndNoOther) {
         EXPECT_EQ(got.head(0, h).pattern, HeadPattern::kDense);
       }
       for (const int32_t h : {0, 1, 2, 3}) EXPECT_EQ(got.kept(1, h), clean.kept(1, h));
-      CaseData query(medium_case());
+      CaseData query(medium_case(GetParam()));
       query.set_q(0, 100, 0, 0, bad);  // head 0 is scored by blocks in every pattern
       const Selection map = run(query, pattern, GetParam());
       EXPECT_TRUE(map.is_dense(0, 0));
@@ -456,7 +508,7 @@ TEST_P(SelectBlocksOn, ANaNKeepsItsHeadsDenseAndNoOther) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Targets, SelectBlocksOn, ::testing::ValuesIn(host_executions()),
+INSTANTIATE_TEST_SUITE_P(Targets, SelectBlocksOn, ::testing::ValuesIn(executions(Stage::kSelect)),
                          [](const auto& param_info) { return execution_name(param_info.param); });
 
 }  // namespace

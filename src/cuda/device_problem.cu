@@ -9,10 +9,11 @@ namespace {
 
 // As many sequences as the parameters of one launch hold (4 KB).
 struct SequenceChunk {
-  static constexpr int kSize = 64;
+  static constexpr int kSize = 62;
   DeviceSequence sequences[kSize];
 };
 static_assert(sizeof(SequenceChunk) <= 4000);
+constexpr int kSequenceThreads = 64;
 
 __global__ void write_sequences(const __grid_constant__ SequenceChunk chunk, int count,
                                 DeviceSequence* to) {
@@ -31,13 +32,15 @@ DeviceTensor device_tensor(const TensorView& view) {
   return tensor;
 }
 
-DeviceSequence device_sequence(const Problem& problem, const BlockBits& bits, int64_t s) {
+DeviceSequence device_sequence(const Problem& problem, const BlockBits& bits, int64_t first_mean,
+                               int64_t s) {
   const SequenceLengths lengths = problem.lengths[s];
   const BlockGrid& grid = problem.grids[s];
   return {.q_start = problem.q_start.empty() ? 0 : problem.q_start[s],
           .kv_start = problem.kv_start.empty() ? 0 : problem.kv_start[s],
           .first_row = problem.first_row[s],
           .first_word = bits.first_word[s],
+          .first_mean = first_mean,
           .s_q = static_cast<int32_t>(lengths.s_q),
           .s_kv = static_cast<int32_t>(lengths.s_kv),
           .first_q_block = static_cast<int32_t>(grid.first_q_block),
@@ -79,19 +82,22 @@ DeviceProblem make_device_problem(const Problem& problem, Arena& arena, void* st
     device.max_n_q = std::max(device.max_n_q, static_cast<int32_t>(grid.n_q));
     device.max_n_kv = std::max(device.max_n_kv, static_cast<int32_t>(grid.n_kv));
     device.q_blocks += grid.n_q;
+    device.mean_rows += problem.h_kv * grid.n_kv;
   }
 
   auto* sequences = arena.take<DeviceSequence>(problem.lengths.size());
   device.sequences = sequences;
   if (arena.counting()) return device;
   const BlockBits bits = BlockBits::layout(problem);
+  int64_t first_mean = 0;
   for (int64_t first = 0; first < problem.b(); first += SequenceChunk::kSize) {
     SequenceChunk chunk{};
     const int64_t count = std::min<int64_t>(SequenceChunk::kSize, problem.b() - first);
     for (int64_t i = 0; i < count; ++i) {
-      chunk.sequences[i] = device_sequence(problem, bits, first + i);
+      chunk.sequences[i] = device_sequence(problem, bits, first_mean, first + i);
+      first_mean += problem.h_kv * problem.grids[first + i].n_kv;
     }
-    launch(write_sequences, dim3(1), dim3(SequenceChunk::kSize), 0, stream, chunk,
+    launch(write_sequences, dim3(1), dim3(kSequenceThreads), 0, stream, chunk,
            static_cast<int>(count), sequences + first);
   }
   return device;

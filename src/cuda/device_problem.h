@@ -22,6 +22,7 @@ struct DeviceSequence {
   int64_t q_start, kv_start;  // packed: first row of the sequence; 0 otherwise
   int64_t first_row;          // of the index; rows in the order query head, query block
   int64_t first_word;         // of the bits
+  int64_t first_mean;  // of arrays with a row a key block: K/V head h's begin h * n_kv rows later
   int32_t s_q, s_kv;
   int32_t first_q_block, n_q, n_kv;
   int32_t words_per_row;
@@ -52,6 +53,7 @@ struct DeviceProblem {
   const DeviceSequence* sequences;  // [b], in the workspace
   int32_t max_n_q, max_n_kv;        // over the sequences
   int64_t index_rows;               // of all sequences and heads
+  int64_t mean_rows;                // of arrays with a row a key block
   // For launches: the sum over the sequences of n_q.
   int64_t q_blocks;
 

@@ -19,8 +19,14 @@ FLEXPREFILL_HOST_DEVICE inline void clear_row(int64_t n, uint64_t* row) {
   for (int64_t w = 0; w < (n + 63) / 64; ++w) row[w] = 0;
 }
 
+// What the blocks of a row must reach together, of a row that weighs `total`; units of fixed_mass.
+FLEXPREFILL_HOST_DEVICE inline uint64_t mass_to_reach(float threshold, uint64_t total) {
+  return static_cast<uint64_t>(
+      std::ceil(static_cast<double>(threshold) * static_cast<double>(total)));
+}
+
 // XAttention: blocks 0 and i, then the largest until their sum reaches `threshold` of the row's;
-// ties to the lower index. Scores sum to about 1, in the units of fixed_mass.
+// ties to the lower index. Scores sum to about 1.
 FLEXPREFILL_HOST_DEVICE inline void keep_reaching(const float* scores, int64_t i, int64_t n,
                                                   float threshold, Histogram* histogram,
                                                   uint64_t* row) {
@@ -30,8 +36,7 @@ FLEXPREFILL_HOST_DEVICE inline void keep_reaching(const float* scores, int64_t i
   set_bit(row, i);
   uint64_t total = 0;
   for (int64_t j = 0; j <= i; ++j) total += fixed_mass(scores[j]);
-  const auto wanted =
-      static_cast<uint64_t>(std::ceil(static_cast<double>(threshold) * static_cast<double>(total)));
+  const uint64_t wanted = mass_to_reach(threshold, total);
   const uint64_t have = fixed_mass(scores[0]) + (i > 0 ? fixed_mass(scores[i]) : 0);
   if (have >= wanted) return;
   // Those whose running sum stays below what is left to reach, and the one that reaches it: the
@@ -49,10 +54,16 @@ struct FlashPrefillRule {
   int64_t global_blocks = 0;
   int64_t local_blocks = 1;
   int64_t first_full = 0;  // query blocks from here on keep everything
+
+  // Whether query block i keeps block j whatever it scores.
+  FLEXPREFILL_HOST_DEVICE bool always_keeps(int64_t i, int64_t j) const {
+    return j < global_blocks || i - j < local_blocks;
+  }
 };
 
-inline FlashPrefillRule flash_prefill_rule(const FlashPrefill& pattern, int64_t s_kv,
-                                           int64_t block_size) {
+FLEXPREFILL_HOST_DEVICE inline FlashPrefillRule flash_prefill_rule(const FlashPrefill& pattern,
+                                                                   int64_t s_kv,
+                                                                   int64_t block_size) {
   const int64_t before = s_kv > pattern.last_queries ? s_kv - pattern.last_queries : 0;
   return {.alpha = pattern.alpha,
           .global_blocks = whole_blocks(pattern.global_window, block_size),
@@ -69,9 +80,7 @@ FLEXPREFILL_HOST_DEVICE inline void keep_above(const float* scores, int64_t i, i
   for (int64_t j = 0; j <= i; ++j) greatest = scores[j] > greatest ? scores[j] : greatest;
   const float least = rule.alpha * greatest;
   for (int64_t j = 0; j <= i; ++j) {
-    if (scores[j] >= least || j < rule.global_blocks || i - j < rule.local_blocks) {
-      set_bit(row, j);
-    }
+    if (scores[j] >= least || rule.always_keeps(i, j)) set_bit(row, j);
   }
 }
 

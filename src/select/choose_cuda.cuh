@@ -237,6 +237,17 @@ __device__ inline void choose_blocks(const HeadScores& scores, int64_t count, ui
   write_taken_bits<kChooseThreads>(scores.n, taken, scores.of_slash, value, shared.ties, bits);
 }
 
+// How many blocks of keys or of distances the head keeps at least; exactly so many where its sizes
+// are fixed.
+__device__ inline int64_t fewest_blocks(const SelectProblem& select, const HeadScores& scores) {
+  if (select.rules != nullptr) {
+    const HeadRule& rule = select.rules[scores.head.head];
+    return clamp_blocks(scores.of_slash ? rule.slash : rule.vertical, 1, scores.n);
+  }
+  const SelectSequence& plan = select.sequences[scores.head.sequence];
+  return scores.of_slash ? plan.slash_low : plan.vertical_low;
+}
+
 // What keys decide of a head: its pattern too.
 template <typename Entries>
 __device__ void choose_keys(const SelectProblem& select, const HeadScores& scores,
@@ -246,7 +257,7 @@ __device__ void choose_keys(const SelectProblem& select, const HeadScores& score
   const DeviceSequence& sequence = select.problem.sequences[head.sequence];
   HeadChoice choice{};
   choice.pattern = HeadPattern::kVerticalSlash;
-  choice.vertical_blocks = plan.vertical_low;
+  choice.vertical_blocks = fewest_blocks(select, scores);
   if (select.by_blocks) {
     choice.vertical_blocks =
         cover_blocks_cta(select, scores, plan.vertical_low, plan.vertical_high, entries, shared);
@@ -286,7 +297,7 @@ __device__ void choose_distances(const SelectProblem& select, const HeadScores& 
   const HeadView& head = scores.head;
   const SelectSequence& plan = select.sequences[head.sequence];
   const DeviceSequence& sequence = select.problem.sequences[head.sequence];
-  int64_t count = plan.slash_low;
+  int64_t count = fewest_blocks(select, scores);
   if (select.by_blocks) {
     count = cover_blocks_cta(select, scores, plan.slash_low, plan.slash_high, entries, shared);
   }
@@ -311,6 +322,7 @@ __global__ void __launch_bounds__(kChooseThreads, kSliced ? 2 : 1)
   const HeadScores scores(select, x / 2, x % 2 != 0);
   const SelectSequence& plan = select.sequences[scores.head.sequence];
   if (plan.probed == 0 || slice >= plan.slices) return;
+  if (select.kind_of(scores.head.head) != HeadRule::Kind::kProbe) return;
   if (select.dead[scores.head.number] != 0) {
     if (slice == 0 && !scores.of_slash && threadIdx.x == 0) {
       select.choices[scores.head.number].pattern = HeadPattern::kDense;

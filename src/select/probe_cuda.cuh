@@ -70,7 +70,7 @@ struct ProbeTask {
     head = problem.q_head(kv, turn);
     number = sequence * problem.h_q + head;
     const SelectSequence& plan = select.sequences[sequence];
-    any = plan.probed != 0 && chunk < plan.chunks;
+    any = plan.probed != 0 && chunk < plan.chunks && select.asks_probe(head);
     const int64_t first = static_cast<int64_t>(chunk) * select.chunk_keys;
     const int64_t s_kv = problem.sequences[sequence].s_kv;
     begin = static_cast<int32_t>(first);

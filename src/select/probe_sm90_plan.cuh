@@ -110,7 +110,9 @@ struct ProbeSm90Task {
     kv = x % problem.h_kv;
     sequence = x / problem.h_kv;
     const SelectSequence& plan = select.sequences[sequence];
-    any = plan.probed != 0 && first_chunk < plan.chunks;
+    bool asked = false;
+    for (int32_t h = 0; h < Shape::kHeads; ++h) asked |= select.asks_probe(head(select, h));
+    any = plan.probed != 0 && first_chunk < plan.chunks && asked;
   }
   __device__ int32_t head(const SelectProblem& select, int32_t h) const {
     return select.problem.q_head(kv, min(slice * Shape::kHeads + h, select.problem.group() - 1));

@@ -18,16 +18,36 @@ static_assert(sizeof(SequenceEntries) <= 4000);
 
 constexpr int kPrepareThreads = 256;
 
-// `tickets` [n_tickets] and *map_count, which may be nullptr, become 0.
+// `tickets` [heads, 2], `not_finite` [heads] and *map_count become 0; each may be nullptr.
 static __global__ void __launch_bounds__(kPrepareThreads)
     prepare_kernel(const __grid_constant__ SequenceEntries from, SelectSequence* to,
-                   int32_t* map_count, uint32_t* tickets, int64_t n_tickets) {
+                   int32_t* map_count, uint32_t* tickets, uint8_t* not_finite, int64_t heads) {
   await_previous_kernel();
   start_next_kernel();
   const auto thread = static_cast<int32_t>(threadIdx.x);
   if (thread < from.n) to[from.first + thread] = from.entries[thread];
   if (thread == 0 && map_count != nullptr) *map_count = 0;
-  for (int64_t i = thread; i < n_tickets; i += kPrepareThreads) tickets[i] = 0;
+  for (int64_t i = thread; tickets != nullptr && i < 2 * heads; i += kPrepareThreads) {
+    tickets[i] = 0;
+  }
+  for (int64_t i = thread; not_finite != nullptr && i < heads; i += kPrepareThreads) {
+    not_finite[i] = 0;
+  }
+}
+
+// What was decided for a head, whoever did.
+__device__ inline HeadChoice choice_of(const SelectProblem& select, const HeadView& head) {
+  HeadChoice choice{};
+  if (select.local_window > 0) {
+    choice.pattern = HeadPattern::kStreaming;
+  } else if (select.sequences[head.sequence].probed != 0) {
+    const HeadRule::Kind kind = select.kind_of(head.head);
+    if (kind == HeadRule::Kind::kProbe) return select.choices[head.number];
+    choice.pattern = kind == HeadRule::Kind::kWindow       ? HeadPattern::kStreaming
+                     : select.not_finite[head.number] == 0 ? HeadPattern::kBlockSparse
+                                                           : HeadPattern::kDense;
+  }
+  return choice;
 }
 
 // ---- Rows ---------------------------------------------------------------------------------------
@@ -48,10 +68,13 @@ static __global__ void __launch_bounds__(kRowsThreads)
   if (first >= sequence.n_q) return;
   const int32_t rows = sequence.n_q - first < kRowsTile ? sequence.n_q - first : kRowsTile;
   const int32_t words = sequence.words_per_row;
-  const bool windowed = select.local_window > 0;
-  const HeadPattern pattern =
-      windowed || plan.probed == 0 ? HeadPattern::kDense : select.choices[head.number].pattern;
+  const HeadPattern pattern = choice_of(select, head).pattern;
+  if (pattern == HeadPattern::kBlockSparse) return;  // written together with its scores
+  const bool windowed = pattern == HeadPattern::kStreaming;
   const bool query_aware = pattern == HeadPattern::kQueryAware;
+  const HeadRule* rule = select.rules == nullptr ? nullptr : select.rules + head.head;
+  const int64_t global_window = rule == nullptr ? select.global_window : rule->vertical;
+  const int64_t local_window = rule == nullptr ? select.local_window : rule->slash;
   const int64_t choice = plan.first_word + static_cast<int64_t>(head.head) * words;
   const uint64_t* slash_bits = select.slash_bits + 2 * choice + (query_aware ? words : 0);
   uint64_t* to = select.bits + sequence.first_word +
@@ -63,8 +86,7 @@ static __global__ void __launch_bounds__(kRowsThreads)
       const int64_t begin = i * problem.block_size;
       const int64_t position =
           begin > sequence.first_position() ? begin : sequence.first_position();
-      to[e] = window_word(select.global_window, select.local_window, position, problem.block_size,
-                          i, w);
+      to[e] = window_word(global_window, local_window, position, problem.block_size, i, w);
     } else if (pattern == HeadPattern::kDense) {
       to[e] = range_word(0, i + 1, w);
     } else {
@@ -87,14 +109,8 @@ static __global__ void __launch_bounds__(kAuditThreads) audit_kernel(const Selec
   const DeviceSequence& sequence = problem.sequences[head.sequence];
   const SelectSequence& plan = select.sequences[head.sequence];
   const auto thread = static_cast<int32_t>(threadIdx.x);
-  const bool windowed = select.local_window > 0;
-  HeadChoice choice{};
-  if (windowed) {
-    choice.pattern = HeadPattern::kStreaming;
-  } else if (plan.probed != 0) {
-    choice = select.choices[head.number];
-    if (choice.pattern == HeadPattern::kQueryAware) choice.slash_blocks = plan.slash_low;
-  }
+  HeadChoice choice = choice_of(select, head);
+  if (choice.pattern == HeadPattern::kQueryAware) choice.slash_blocks = plan.slash_low;
   if (choice.pattern == HeadPattern::kDense) {
     if (thread == 0) select.audit[head.number] = HeadAudit{};
     return;

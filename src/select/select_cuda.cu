@@ -8,12 +8,13 @@
 //   choose           covers and choices, head by head                          choose_cuda.cuh
 //   map_rows         maps of query-aware heads                                 map_cuda.cuh
 //   map_level x 2, map_keep    of large maps
-//   rows             writes the bits of every row                              rows_cuda.cuh
+//   select_by_blocks heads that score blocks one by one                 select_blocks_cuda.cu
+//   rows             writes the bits of every other row                        rows_cuda.cuh
 //   audit            if asked
 //
 // A pattern runs what it needs: a window without audit and dense rows the first kernel and rows,
-// VerticalSlash no map, FlexPrefill with tau = 0 none either. Each kernel is launched while the one
-// before it ends (launch_overlapped).
+// VerticalSlash no map, FlexPrefill with tau = 0 none either, heads that score blocks one by one no
+// probe without an audit. Each kernel is launched while the one before it ends (launch_overlapped).
 //
 // Workspace for n = s_kv / B key blocks, per query head: 8 bytes a key (vertical and slash scores),
 // 28 n bytes of block scores, 1.5 KB a chunk of keys (at most 128 chunks), 8 KB a slice of 8192
@@ -33,6 +34,7 @@
 #include "select/probe_cuda.cuh"
 #include "select/probe_sm90.h"
 #include "select/rows_cuda.cuh"
+#include "select/select_blocks_cuda.h"
 #include "select/select_rows.h"
 
 namespace flexprefill {
@@ -64,6 +66,8 @@ struct Plan {
       probed[s] = window != nullptr ? audited
                                     : !stays_dense(problem.lengths[s], problem.block_size, pattern);
     }
+    const HeadKinds kinds(problem, pattern);
+    chooses = kinds.probe;
     chunk = (sm90 ? probe_sm90_chunk : probe_chunk)(problem, probed);
     for (int64_t s = 0; s < problem.b(); ++s) {
       const SequenceLengths lengths = problem.lengths[s];
@@ -103,6 +107,7 @@ struct Plan {
       entries.push_back(entry);
       if (!probed[s]) continue;
       any_probed = true;
+      any_probe = window != nullptr || kinds.probe || audited;
       max_chunks = std::max<int64_t>(max_chunks, entry.chunks);
       max_n_q = std::max(max_n_q, grid.n_q);
       max_n_kv = std::max(max_n_kv, grid.n_kv);
@@ -131,17 +136,13 @@ struct Plan {
   }
 
   std::vector<SelectSequence> entries;
-  bool any_probed = false;
+  bool any_probed = false;  // a sequence is neither dense nor windowed alone
+  bool any_probe = false;   // a head is looked at through the probe
+  bool chooses = false;     // and chosen by it
   int64_t chunk = 0, max_chunks = 0, max_slices = 0, max_n_q = 0, max_n_kv = 0, max_map = 0;
   int64_t keys = 0, blocks = 0, kv_blocks = 0, chunks = 0, words = 0, parts = 0;  // of all heads
   int32_t turns = 0;                                                              // of maps
 };
-
-bool rows_on_16_bytes(const DeviceTensor& tensor) {
-  const auto even = [](int64_t stride) { return stride % 8 == 0; };  // elements
-  return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && even(tensor.sequence_stride) &&
-         even(tensor.row_stride) && even(tensor.head_stride);
-}
 
 // All arrays of a call, laid out alike by the size query and by the call.
 SelectProblem lay_out(const DeviceProblem& device, const Problem& problem, const Pattern& pattern,
@@ -159,10 +160,12 @@ SelectProblem lay_out(const DeviceProblem& device, const Problem& problem, const
   }
   if (!plan.any_probed) return select;
   const int64_t heads = problem.b() * problem.h_q;
-  select.chunk_stats = arena.take<float2>(plan.chunks * kProbeRows);
-  select.dead = arena.take<uint8_t>(heads);
-  select.block_mass = arena.take<float>(2 * plan.blocks);
-  if (select.local_window > 0) return select;
+  if (plan.any_probe) {
+    select.chunk_stats = arena.take<float2>(plan.chunks * kProbeRows);
+    select.dead = arena.take<uint8_t>(heads);
+    select.block_mass = arena.take<float>(2 * plan.blocks);
+  }
+  if (select.local_window > 0 || !plan.chooses) return select;
 
   select.slash_tails = arena.take<float>(plan.chunks * kTailEntries);
   select.vertical_block = arena.take<float>(plan.blocks);
@@ -199,19 +202,13 @@ SelectProblem lay_out(const DeviceProblem& device, const Problem& problem, const
   return select;
 }
 
-uint32_t grid_of(int64_t ctas) {
-  if (ctas > std::numeric_limits<int32_t>::max()) {
-    throw Error(ErrorCode::kUnsupported,
-                "select: expected at most 2^31 - 1 thread blocks, got " + std::to_string(ctas));
-  }
-  return static_cast<uint32_t>(ctas);
-}
-
 // The launches of one call.
 struct Launches {
   const SelectProblem& select;
   const Problem& problem;
+  const Pattern& pattern;
   const Plan& plan;
+  const BlockScoreMemory& blocks;
   const bool sm90;  // the probe by wgmma
   void* stream;
 
@@ -226,7 +223,7 @@ struct Launches {
       std::copy_n(plan.entries.begin() + static_cast<int64_t>(first), from.n, from.entries);
       launch_overlapped(prepare_kernel, dim3(1), dim3(kPrepareThreads), 0, stream, from,
                         const_cast<SelectSequence*>(select.sequences), select.map_count,
-                        select.tickets, select.tickets != nullptr ? 2 * heads() : 0);
+                        select.tickets, select.not_finite, heads());
     }
   }
 
@@ -288,9 +285,13 @@ struct Launches {
   template <typename Element>
   void run() const {
     prepare();
-    if (plan.any_probed) probe<Element>();
+    write_head_rules(problem, pattern, select, stream);
+    if (plan.any_probe) probe<Element>();
     if (select.choices != nullptr) choose();
     if (select.map_heads != nullptr) decide_maps<Element>();
+    if (plan.any_probed && select.not_finite != nullptr) {
+      select_by_blocks(problem, pattern, select, blocks, stream);
+    }
     rows();
     if (select.audit != nullptr) {
       launch_overlapped(audit_kernel, dim3(grid_of(heads())), dim3(kAuditThreads),
@@ -311,7 +312,8 @@ void select_cuda(const DeviceProblem& device, const Problem& problem, const Patt
     for (const bool sm90 : {false, hopper}) {
       Arena counter = before;
       Plan plan(problem, pattern, true, sm90);
-      lay_out(device, problem, pattern, plan, counter);
+      SelectProblem select = lay_out(device, problem, pattern, plan, counter);
+      lay_out_block_scores(problem, pattern, counter, select);
       if (counter.bytes() > arena.bytes()) arena = counter;
     }
     return;
@@ -320,11 +322,12 @@ void select_cuda(const DeviceProblem& device, const Problem& problem, const Patt
   const bool sm90 = hopper && probe_sm90_takes(problem);
   Plan plan(problem, pattern, audit != nullptr, sm90);
   SelectProblem select = lay_out(device, problem, pattern, plan, arena);
+  const BlockScoreMemory blocks = lay_out_block_scores(problem, pattern, arena, select);
   select.q_aligned = rows_on_16_bytes(device.q);
   select.k_aligned = rows_on_16_bytes(device.k);
   select.bits = bits;
   select.audit = audit;
-  const Launches launches{select, problem, plan, sm90, execution.stream};
+  const Launches launches{select, problem, pattern, plan, blocks, sm90, execution.stream};
   if (problem.dtype == DType::kBFloat16) {
     launches.run<__nv_bfloat16>();
   } else {

@@ -4,6 +4,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
+#include <string>
 
 #include "cuda/device_problem.h"
 #include "cuda/sm80.cuh"
@@ -69,6 +71,17 @@ struct CoverPart {
   uint32_t count[MassLevel0::kBuckets];
 };
 
+// What chooses a head's blocks where that is not the pattern of the whole call.
+struct HeadRule {
+  enum class Kind : int32_t {
+    kProbe,   // the probe's scores; vertical, slash: blocks, not clamped yet
+    kWindow,  // vertical: the first keys, slash: the last of each query, in tokens
+    kBlocks,  // scores of single blocks; vertical: how many a row keeps (MInference)
+  };
+  int64_t vertical, slash;
+  Kind kind;
+};
+
 // A call as the kernels of select see it. Heads are numbered sequence * h_q + query head.
 struct SelectProblem {
   DeviceProblem problem;
@@ -80,6 +93,9 @@ struct SelectProblem {
   bool by_blocks;             // FlexPrefill: needs block means
   float gamma, tau;
   int64_t global_window, local_window;  // StreamingLlm: local_window >= 1; otherwise 0
+  HeadRule::Kind kind;                  // of all heads, if there are no rules
+  const HeadRule* rules;                // [h_q] or nullptr
+  uint8_t* not_finite;  // [heads] of Kind::kBlocks: scores met a NaN, the head stays dense
 
   float2* chunk_stats;      // [heads, chunks, 128]: max (units of log2) and sum of each probe row
   float* slash_tails;       // [heads, chunks, kTailEntries]: for the chunk before
@@ -105,7 +121,30 @@ struct SelectProblem {
 
   uint64_t* bits;
   HeadAudit* audit;  // [heads] or nullptr
+
+  __device__ HeadRule::Kind kind_of(int32_t head) const {
+    return rules == nullptr ? kind : rules[head].kind;
+  }
+  // Whether the probe looks at the head: an audit looks at all of them.
+  __device__ bool asks_probe(int32_t head) const {
+    return audit != nullptr || kind_of(head) == HeadRule::Kind::kProbe;
+  }
 };
+
+// Whether every row begins on 16 bytes.
+inline bool rows_on_16_bytes(const DeviceTensor& tensor) {
+  const auto even = [](int64_t stride) { return stride % 8 == 0; };  // elements
+  return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && even(tensor.sequence_stride) &&
+         even(tensor.row_stride) && even(tensor.head_stride);
+}
+
+inline uint32_t grid_of(int64_t ctas) {
+  if (ctas > std::numeric_limits<int32_t>::max()) {
+    throw Error(ErrorCode::kUnsupported,
+                "select: expected at most 2^31 - 1 thread blocks, got " + std::to_string(ctas));
+  }
+  return static_cast<uint32_t>(ctas);
+}
 
 // Where a head's entries begin.
 struct HeadView {

@@ -1,0 +1,164 @@
+// The rules of block_rules.h by one warp a row: bit-equal given equal scores.
+//
+// scores [i + 1] as there, in global or shared memory; row [words]: all of it is written. The whole
+// warp calls these functions together.
+#ifndef FLEXPREFILL_SRC_SELECT_SELECT_BLOCKS_CUDA_ROWS_CUH_
+#define FLEXPREFILL_SRC_SELECT_SELECT_BLOCKS_CUDA_ROWS_CUH_
+
+#include <bit>
+#include <cstdint>
+
+#include "cuda/launch.cuh"
+#include "select/block_rules.h"
+
+namespace flexprefill {
+
+constexpr uint32_t kWholeWarp = 0xffffffffu;
+
+template <typename T, typename Combine>
+__device__ T combine_warp(T value, const Combine& combine) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    value = combine(value, __shfl_xor_sync(kWholeWarp, value, lanes));
+  }
+  return value;
+}
+template <typename T>
+__device__ T sum_warp(T value) {
+  return combine_warp(value, [](T a, T b) { return a + b; });
+}
+template <typename T>
+__device__ T max_warp(T value) {
+  return combine_warp(value, [](T a, T b) { return a < b ? b : a; });
+}
+
+// fixed_mass of x < 2^24 by whole numbers: cards have few units for double precision.
+__device__ inline uint64_t fixed_mass_of(float x) {
+  const auto bits = std::bit_cast<uint32_t>(x);
+  const auto exponent = static_cast<int>(bits >> 23);
+  const uint64_t mantissa = (bits & 0x7fffffu) | (exponent > 0 ? 0x800000u : 0);
+  const int left = (exponent > 0 ? exponent : 1) - 110;  // x = mantissa * 2^(left - 40)
+  if (left >= 0) return mantissa << left;
+  return left < -25 ? 0 : (mantissa + (uint64_t{1} << (-left - 1))) >> -left;
+}
+
+// take_largest of pattern.h, without its count. In the place of histograms a walk down the bits:
+// the entries whose next bit is 1 are taken if they fit, and those with a 0 go on; if they do not
+// fit, they go on.
+__device__ inline Taken take_largest_warp(const float* x, int64_t size, Weight weight,
+                                          uint64_t limit) {
+  const auto lane = static_cast<int64_t>(threadIdx.x % 32);
+  const auto weight_of = [&](float value) {
+    return weight == Weight::kMass ? fixed_mass_of(value) : uint64_t{1};
+  };
+  uint64_t all = 0;
+  uint32_t highest = 0;
+  for (int64_t e = lane; e < size; e += 32) {
+    const auto bits = std::bit_cast<uint32_t>(x[e]);
+    all += weight_of(x[e]);
+    highest = bits > highest ? bits : highest;
+  }
+  if (sum_warp(all) <= limit) return {.count = size, .threshold = 0, .ties = size};
+  highest = max_warp(highest);
+  HistogramWalk walk{.limit = limit};
+  for (int bit = 31 - __clz(static_cast<int>(highest | 1)); bit >= 0; --bit) {
+    const uint32_t upper = (walk.prefix >> bit) | 1;
+    uint64_t own = 0;
+    for (int64_t e = lane; e < size; e += 32) {
+      if (std::bit_cast<uint32_t>(x[e]) >> bit == upper) own += weight_of(x[e]);
+    }
+    own = sum_warp(own);
+    if (own > limit - walk.weight) {
+      walk.prefix |= 1u << bit;
+    } else {
+      walk.weight += own;
+    }
+  }
+  return walk.taken(weight);
+}
+
+// Writes row: keep(j, score) for blocks j = 0 .. i. It is asked by all lanes for 32 blocks at a
+// time in ascending order.
+template <typename Keep>
+__device__ void write_row_warp(const float* scores, int64_t i, int64_t n, uint64_t* row,
+                               const Keep& keep) {
+  const auto lane = static_cast<int64_t>(threadIdx.x % 32);
+  for (int64_t w = 0; w < (n + 63) / 64; ++w) {
+    uint64_t word = 0;
+    for (int half = 0; half < 2; ++half) {
+      const int64_t j = 64 * w + 32 * half + lane;
+      const bool kept = keep(j, j <= i ? scores[j] : 0.0f) && j <= i;
+      word |= static_cast<uint64_t>(__ballot_sync(kWholeWarp, kept)) << (32 * half);
+    }
+    if (lane == 0) row[w] = word;
+  }
+}
+
+__device__ inline void write_dense_row_warp(int64_t i, int64_t n, uint64_t* row) {
+  for (int64_t w = threadIdx.x % 32; w < (n + 63) / 64; w += 32) row[w] = range_word(0, i + 1, w);
+}
+
+// Taken, asked for 32 entries at a time.
+struct TakenWarp {
+  Taken taken;
+  int64_t ties = 0;  // so far
+
+  // `eligible`: x is one of the entries that taken was made of.
+  __device__ bool takes(float x, bool eligible) {
+    const auto bits = std::bit_cast<uint32_t>(x);
+    const uint32_t equal = __ballot_sync(kWholeWarp, eligible && bits == taken.threshold);
+    const auto lane = threadIdx.x % 32;
+    const int before = __popc(equal & ((1u << lane) - 1));
+    const bool takes =
+        bits == taken.threshold ? ties + before < taken.ties : bits > taken.threshold;
+    ties += __popc(equal);
+    return takes && eligible;
+  }
+};
+
+__device__ inline void keep_reaching_warp(const float* scores, int64_t i, int64_t n,
+                                          float threshold, uint64_t* row) {
+  if (threshold >= 1.0f) return write_dense_row_warp(i, n, row);
+  uint64_t total = 0;
+  for (int64_t j = threadIdx.x % 32; j <= i; j += 32) total += fixed_mass_of(scores[j]);
+  const uint64_t wanted = mass_to_reach(threshold, sum_warp(total));
+  const uint64_t have = fixed_mass_of(scores[0]) + (i > 0 ? fixed_mass_of(scores[i]) : 0);
+  const bool more = have < wanted;
+  TakenWarp taken{};
+  if (more) {
+    taken.taken = take_largest_warp(scores + 1, i - 1, Weight::kMass, wanted - have - 1);
+    ++taken.taken.ties;
+  }
+  write_row_warp(scores, i, n, row, [&](int64_t j, float score) {
+    const bool takes = more && taken.takes(score, j > 0 && j < i);
+    return takes || j == 0 || j == i;
+  });
+}
+
+__device__ inline void keep_above_warp(const float* scores, int64_t i, int64_t n,
+                                       const FlashPrefillRule& rule, uint64_t* row) {
+  if (i >= rule.first_full) return write_dense_row_warp(i, n, row);
+  float greatest = 0;
+  for (int64_t j = threadIdx.x % 32; j <= i; j += 32) {
+    greatest = scores[j] > greatest ? scores[j] : greatest;
+  }
+  const float least = rule.alpha * max_warp(greatest);
+  write_row_warp(scores, i, n, row,
+                 [&](int64_t j, float score) { return score >= least || rule.always_keeps(i, j); });
+}
+
+__device__ inline void keep_best_warp(const float* scores, int64_t i, int64_t n, int64_t count,
+                                      uint64_t* row) {
+  if (count > i) return write_dense_row_warp(i, n, row);
+  TakenWarp taken{};
+  if (count > 1) {
+    taken.taken = take_largest_warp(scores, i, Weight::kCount, static_cast<uint64_t>(count - 1));
+  }
+  write_row_warp(scores, i, n, row, [&](int64_t j, float score) {
+    const bool takes = count > 1 && taken.takes(score, j < i);
+    return takes || j == i;
+  });
+}
+
+}  // namespace flexprefill
+
+#endif  // FLEXPREFILL_SRC_SELECT_SELECT_BLOCKS_CUDA_ROWS_CUH_
