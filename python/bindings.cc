@@ -241,13 +241,14 @@ void call_compare(const Call& call, const BlockIndex& index, const Tensor& out, 
 class DeviceRows {
  public:
   DeviceRows(const DeviceInt64& indptr, const DeviceInt32& indices, int64_t global_window,
-             int64_t local_window)
+             int64_t local_window, bool mean_correction)
       : indptr_(indptr), indices_(indices) {
     index.indptr = indptr_.data();
     index.indices = indices_.data();
     index.capacity = static_cast<int64_t>(indices_.size());
     index.global_window = global_window;
     index.local_window = local_window;
+    index.mean_correction = mean_correction;
   }
   DeviceBlockIndex index;
 
@@ -499,10 +500,12 @@ NB_MODULE(_core, m) {
   m.def("attend_workspace_size", &call_attend_workspace_size, "call"_a);
 
   nb::class_<DeviceRows>(m, "DeviceRows")
-      .def(nb::init<const DeviceInt64&, const DeviceInt32&, int64_t, int64_t>(), "indptr"_a,
-           "indices"_a, "global_window"_a, "local_window"_a)
+      .def(nb::init<const DeviceInt64&, const DeviceInt32&, int64_t, int64_t, bool>(), "indptr"_a,
+           "indices"_a, "global_window"_a, "local_window"_a, "mean_correction"_a)
       .def_prop_ro("global_window", [](const DeviceRows& rows) { return rows.index.global_window; })
-      .def_prop_ro("local_window", [](const DeviceRows& rows) { return rows.index.local_window; });
+      .def_prop_ro("local_window", [](const DeviceRows& rows) { return rows.index.local_window; })
+      .def_prop_ro("mean_correction",
+                   [](const DeviceRows& rows) { return rows.index.mean_correction; });
   m.def("device_index_size", &device_index_size, "call"_a);
   m.def("select_on_device", &call_select_on_device, "call"_a, "pattern"_a, "rows"_a,
         "audit"_a.none(), "device_audit"_a.none(), "scratch"_a);

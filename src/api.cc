@@ -149,10 +149,6 @@ void attend(const AttentionInput& input, const BlockIndex* index, const Executio
     rows.csr = index;
     rows.window = TokenWindow::of(index->global_window, index->local_window);
     rows.mean_correction = index->mean_correction;
-    if (rows.mean_correction && is_cuda(execution.backend)) {
-      throw Error(ErrorCode::kUnsupported,
-                  "index: mean_correction runs on the reference and cpu backends only");
-    }
   }
   const BackendApi& backend = backend_api(execution.backend);
   check_workspace(workspace, execution,
@@ -165,7 +161,7 @@ size_t attend_workspace_size(const AttentionInput& input, const Execution& execu
   check_execution(execution);
   Arena arena;
   const BlockIndex any;
-  const BlockRows most{.csr = &any, .mean_correction = !is_cuda(execution.backend)};
+  const BlockRows most{.csr = &any, .mean_correction = true};
   backend_api(execution.backend)
       .attend(make_problem(input, Purpose::kAttendSize, execution.backend), most, execution, arena);
   return arena.bytes();
@@ -220,6 +216,7 @@ void select_on_device(const AttentionInput& input, const Pattern& pattern,
   const TokenWindow window = token_window(pattern);
   index.global_window = window.global_window;
   index.local_window = window.local_window;
+  index.mean_correction = mean_correction(pattern);
 }
 
 size_t select_on_device_workspace_size(const AttentionInput& input, const Pattern& pattern,
@@ -242,6 +239,10 @@ void attend_on_device(const AttentionInput& input, const DeviceBlockIndex& index
   if (index.global_window < 0 || index.local_window < 0) {
     throw Error(ErrorCode::kInvalidArgument, "index: expected windows of at least 0 tokens");
   }
+  if (index.mean_correction && (index.global_window > 0 || index.local_window > 0)) {
+    throw Error(ErrorCode::kInvalidArgument,
+                "index: expected no window together with mean_correction");
+  }
   Arena arena(workspace);
   backend.attend_on_device(problem, index, execution, arena);
 }
@@ -249,7 +250,8 @@ void attend_on_device(const AttentionInput& input, const DeviceBlockIndex& index
 size_t attend_on_device_workspace_size(const AttentionInput& input, const Execution& execution) {
   const BackendApi::OnDevice& backend = device_api(execution, "attend_on_device");
   Arena arena;
-  backend.attend_on_device(make_problem(input, Purpose::kAttendSize, execution.backend), {},
+  const DeviceBlockIndex most{.mean_correction = true};
+  backend.attend_on_device(make_problem(input, Purpose::kAttendSize, execution.backend), most,
                            execution, arena);
   return arena.bytes();
 }

@@ -11,6 +11,7 @@
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include "flexprefill/flexprefill.h"
@@ -122,7 +123,7 @@ constexpr size_t kInputSize1 = sizeof(flexprefill_input);
 constexpr size_t kPatternSize1 = offsetof(flexprefill_pattern, stride);
 constexpr size_t kExecutionSize1 = offsetof(flexprefill_execution, stream);
 constexpr size_t kViewSize1 = offsetof(flexprefill_block_index_view, mean_correction);
-constexpr size_t kDeviceIndexSize1 = sizeof(flexprefill_device_block_index);
+constexpr size_t kDeviceIndexSize1 = offsetof(flexprefill_device_block_index, mean_correction);
 
 TensorView to_tensor(const flexprefill_tensor& tensor) {
   TensorView view;
@@ -202,7 +203,8 @@ Execution to_execution(const flexprefill_execution* from) {
 DeviceBlockIndex to_device_index(const flexprefill_device_block_index* from) {
   const flexprefill_device_block_index in =
       read_struct(from, flexprefill_device_block_index_default(), kDeviceIndexSize1, "index");
-  return {in.indptr, in.indices, in.capacity, in.global_window, in.local_window};
+  return {in.indptr,        in.indices,      in.capacity,
+          in.global_window, in.local_window, in.mean_correction != 0};
 }
 
 std::vector<SequenceLengths> to_sequences(const int64_t* lengths, int64_t count) {
@@ -361,10 +363,18 @@ flexprefill_status flexprefill_select_on_device(const flexprefill_input* input,
   return guarded([&] {
     std::vector<MInferenceHead> heads;
     DeviceBlockIndex to = to_device_index(index);
-    select_on_device(to_input(input), to_pattern(pattern, heads), to_execution(execution),
-                     {workspace, workspace_bytes}, to);
+    const Pattern chosen = to_pattern(pattern, heads);
+    const auto* flash = std::get_if<FlashPrefill>(&chosen);
+    const bool has_flag = index->struct_size > kDeviceIndexSize1;
+    if (flash != nullptr && flash->mean_correction && !has_flag) {
+      refuse("index.struct_size: expected that of version 4, which has mean_correction, got " +
+             std::to_string(index->struct_size));
+    }
+    select_on_device(to_input(input), chosen, to_execution(execution), {workspace, workspace_bytes},
+                     to);
     index->global_window = to.global_window;
     index->local_window = to.local_window;
+    if (has_flag) index->mean_correction = to.mean_correction ? 1 : 0;
   });
 }
 

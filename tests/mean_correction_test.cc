@@ -10,18 +10,20 @@
 #include "case_table.h"
 #include "math.h"
 #include "selection.h"
+#include "staged_call.h"
 #include "test_executions.h"
 
 namespace flexprefill::testing {
 namespace {
 
-Case medium_case() {
+Case medium_case(DType dtype = DType::kFloat32) {
   return {.name = "medium",
           .lengths = {{700, 1200}, {700, 1200}},
           .h_q = 4,
           .h_kv = 2,
           .d_qk = 32,
           .d_v = 32,
+          .dtype = dtype,
           .block_size = 64,
           .fill = Fill::kStructured,
           .seed = 5};
@@ -83,13 +85,14 @@ void check_corrected(const Case& c, bool empty_rows) {
   CaseData data(c);
   BlockIndex index = random_index(data, 0.4, c.seed, empty_rows);
   index.mean_correction = true;
-  for (const Execution& execution : host_executions()) {
+  for (const Execution& execution : executions(Stage::kAttend)) {
+    if (!takes(execution, c.dtype)) continue;
     SCOPED_TRACE(execution_name(execution));
-    WorkspaceBuffer buffer;
-    const Workspace workspace = buffer.reserve(attend_workspace_size(data.input, execution));
-    std::fill_n(static_cast<std::byte*>(workspace.data), workspace.bytes, std::byte{0xff});
     data.poison();
-    attend(data.input, &index, execution, workspace, data.out, data.lse);
+    StagedCall call(data, execution);
+    const Workspace workspace = call.workspace(attend_workspace_size(call.input, execution));
+    attend(call.input, &index, execution, workspace, call.out, call.lse);
+    call.finish();
     const double ulp = c.dtype == DType::kFloat32   ? 2e-6
                        : c.dtype == DType::kFloat16 ? 0x1p-9
                                                     : 0x1p-6;
@@ -127,19 +130,23 @@ TEST(MeanCorrection, RowsWithoutBlocksAreMeansAlone) {
 }
 
 TEST(MeanCorrection, PrefillIsSelectAndAttend) {
-  CaseData data(medium_case());
   const Pattern pattern =
       FlashPrefill{.alpha = 0.5f, .global_window = 64, .local_window = 64, .last_queries = 64};
-  for (const Execution& execution : host_executions()) {
-    WorkspaceBuffer buffer;
-    prefill(data.input, pattern, execution,
-            buffer.reserve(prefill_workspace_size(data.input, pattern, execution)), data.out);
-    CaseData apart(medium_case());
+  for (const Execution& execution : executions()) {
+    SCOPED_TRACE(execution_name(execution));
+    CaseData data(medium_case(widest_dtype(execution)));
+    StagedCall whole(data, execution);
+    prefill(whole.input, pattern, execution,
+            whole.workspace(prefill_workspace_size(whole.input, pattern, execution)), whole.out);
+    whole.finish();
+    CaseData apart(medium_case(widest_dtype(execution)));
     const Selection selection = run(apart, pattern, execution);
     EXPECT_TRUE(selection.index.mean_correction);
     EXPECT_LT(selection.index.density(), 0.9);
-    attend(apart.input, &selection.index, execution,
-           buffer.reserve(attend_workspace_size(apart.input, execution)), apart.out);
+    StagedCall call(apart, execution);
+    attend(call.input, &selection.index, execution,
+           call.workspace(attend_workspace_size(call.input, execution)), call.out);
+    call.finish();
     for (int64_t i = 0; i < 700; ++i) {
       for (int32_t col = 0; col < 32; ++col) {
         ASSERT_EQ(data.out_at(1, i, 2, col), apart.out_at(1, i, 2, col));

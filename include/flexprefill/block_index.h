@@ -37,7 +37,7 @@ FLEXPREFILL_API int64_t causal_blocks(const BlockGrid& grid);
 // With `mean_correction`, the blocks before its diagonal that a row does not keep are not left out:
 // each counts as block_size keys that all are the mean of its keys, and whose values are the mean
 // of its values (FlashPrefill's zero-order correction, arXiv 2608.19758), means rounded to the
-// element type. Not together with windows; host backends only.
+// element type. Not together with windows.
 struct FLEXPREFILL_API BlockIndex {
   int32_t block_size = 128;
   int32_t h_q = 0;
@@ -67,6 +67,7 @@ struct DeviceBlockIndex {
   int64_t capacity = 0;        // select_on_device needs device_block_index_capacity
   int64_t global_window = 0;   // as in BlockIndex
   int64_t local_window = 0;
+  bool mean_correction = false;
 };
 // Rows of the index of an input: sum over sequences of h_q * n_q. Both look at shapes and lengths
 // of q and k alone. The element type must be one of a CUDA call's.

@@ -26,7 +26,7 @@ extern "C" {
 #endif
 
 // Goes up when something is added here; what is here stays as it is within a major version.
-#define FLEXPREFILL_C_API_VERSION 3
+#define FLEXPREFILL_C_API_VERSION 4
 
 typedef int32_t flexprefill_status;
 enum {
@@ -64,7 +64,7 @@ enum {
   FLEXPREFILL_PATTERN_FLEX_PREFILL = 1,
   FLEXPREFILL_PATTERN_VERTICAL_SLASH = 2,
   FLEXPREFILL_PATTERN_STREAMING_LLM = 3,
-  // Since version 3; host backends only.
+  // Since version 3.
   FLEXPREFILL_PATTERN_XATTENTION = 4,
   FLEXPREFILL_PATTERN_FLASH_PREFILL = 5,
   FLEXPREFILL_PATTERN_MINFERENCE = 6
@@ -202,6 +202,9 @@ typedef struct flexprefill_device_block_index {
   int64_t capacity;
   int64_t global_window;
   int64_t local_window;
+  // Since version 4.
+  int32_t mean_correction;  // BlockIndex::mean_correction
+  int32_t reserved;         // 0
 } flexprefill_device_block_index;
 
 // Which key blocks every query block of every head attends to.
@@ -346,7 +349,7 @@ FLEXPREFILL_API flexprefill_status flexprefill_device_block_index_size(
 FLEXPREFILL_API flexprefill_status flexprefill_select_on_device_workspace_size(
     const flexprefill_input* input, const flexprefill_pattern* pattern,
     const flexprefill_execution* execution, size_t* bytes);
-// Writes the arrays of `index` in stream order, and its windows at once.
+// Writes the arrays of `index` in stream order, its windows and mean_correction at once.
 FLEXPREFILL_API flexprefill_status
 flexprefill_select_on_device(const flexprefill_input* input, const flexprefill_pattern* pattern,
                              const flexprefill_execution* execution, void* workspace,

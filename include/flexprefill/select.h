@@ -114,8 +114,8 @@ FLEXPREFILL_API size_t select_workspace_size(const AttentionInput& input, const 
 
 // The same on a CUDA backend with an index that stays on the device: enqueues everything on the
 // stream, waits for nothing, allocates nothing, and can be captured in a CUDA graph. Writes
-// index.indptr, index.indices and the windows; the arrays are there once the stream has come to
-// them. `audit` is nullptr or device memory [b * h_q].
+// index.indptr, index.indices, the windows and mean_correction; the arrays are there once the
+// stream has come to them. `audit` is nullptr or device memory [b * h_q].
 FLEXPREFILL_API void select_on_device(const AttentionInput& input, const Pattern& pattern,
                                       const Execution& execution, Workspace workspace,
                                       DeviceBlockIndex& index, HeadAudit* audit = nullptr);

@@ -133,6 +133,7 @@ class Call:
             exported(rows.indices, self.stream),
             rows.global_window,
             rows.local_window,
+            rows.mean_correction,
         )
 
     def run(self, size: Callable[[], int], run: Callable[[Any], Result]) -> Result:

@@ -136,12 +136,19 @@ class DeviceRows:
     """Borrowed arrays of an index on a GPU: int64 [rows + 1], int32 [capacity]."""
 
     def __init__(
-        self, indptr: Any, indices: Any, global_window: int, local_window: int
+        self,
+        indptr: Any,
+        indices: Any,
+        global_window: int,
+        local_window: int,
+        mean_correction: bool,
     ) -> None: ...
     @property
     def global_window(self) -> int: ...
     @property
     def local_window(self) -> int: ...
+    @property
+    def mean_correction(self) -> bool: ...
 
 def device_index_size(call: Call) -> tuple[int, int]:
     """Rows of the call's index, and its most indices."""

@@ -376,7 +376,12 @@ def _select_on_device(
         ),
     )
     return BlockIndex._on_device(
-        replace(rows, global_window=core_rows.global_window, local_window=core_rows.local_window)
+        replace(
+            rows,
+            global_window=core_rows.global_window,
+            local_window=core_rows.local_window,
+            mean_correction=core_rows.mean_correction,
+        )
     )
 
 

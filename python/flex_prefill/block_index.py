@@ -34,6 +34,7 @@ class DeviceRows:
     block_size: int
     global_window: int
     local_window: int
+    mean_correction: bool = False
 
     def to_core(self) -> _core.BlockIndex:
         """The same on the CPU; waits for the GPU."""
@@ -46,7 +47,7 @@ class DeviceRows:
             self.block_size,
             self.global_window,
             self.local_window,
-            False,
+            self.mean_correction,
         )
 
 
@@ -109,10 +110,6 @@ class BlockIndex:
         """
         if (device := device_of(indptr, "index: indptr")).kind == "cuda":
             check_device(indices, "index: indices", device)
-            if mean_correction:
-                raise _core.UnsupportedError(
-                    "index: mean_correction: expected rows on the CPU, got an index on a GPU"
-                )
             self._host, self._rows = (
                 None,
                 DeviceRows(
@@ -124,6 +121,7 @@ class BlockIndex:
                     block_size,
                     global_window,
                     local_window,
+                    mean_correction,
                 ),
             )
             return
@@ -170,7 +168,7 @@ class BlockIndex:
 
     @property
     def _about(self) -> CoreIndex | DeviceRows:
-        """What knows lengths, heads, block size and windows without waiting."""
+        """What knows all but the rows without waiting."""
         return self._core if self._rows is None else self._rows
 
     @property
@@ -271,7 +269,7 @@ class BlockIndex:
 
     @property
     def mean_correction(self) -> bool:
-        return self._rows is None and self._core.mean_correction
+        return self._about.mean_correction
 
     @property
     def sequences(self) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 #include "attend/attend_sm80_kernel.cuh"
 
 #include <bit>
+#include <cmath>
 
 #include "cuda/backend_cuda.h"
 
@@ -48,6 +49,7 @@ void attend_sm80(const DeviceProblem& problem, const Problem&, const DeviceRows&
                  const Execution& execution, Arena& arena) {
   const bool bits = rows.bits != nullptr || arena.counting();
   const WorkOrder order = take_work_order(problem, bits, device_info().l2_bytes, arena);
+  const MeanRows means = take_mean_rows(problem, rows, arena);
   if (arena.counting() || order.count == 0) return;
 
   const Sm80Config& config = sm80_config(problem.d_qk, problem.d_v);
@@ -58,6 +60,7 @@ void attend_sm80(const DeviceProblem& problem, const Problem&, const DeviceRows&
       .problem = problem,
       .rows = rows,
       .mask = TokenMask::of(rows.window),
+      .means = means,
       .order = order,
       .tile_rows = tile.rows,
       .slots = tile.slots,
@@ -67,9 +70,11 @@ void attend_sm80(const DeviceProblem& problem, const Problem&, const DeviceRows&
       .v_aligned = rows_aligned(problem.v, kv_sequences, problem.h_kv),
       .out_aligned = rows_aligned(problem.out, problem.b, problem.h_q),
       .scores_scale = scale > 0 ? 1.0f : scale,
-      .weigh_scale = scale > 0 ? scale : 1.0f};
+      .weigh_scale = scale > 0 ? scale : 1.0f,
+      .mean_bias = std::log2(static_cast<float>(problem.block_size)) / (scale > 0 ? scale : 1.0f)};
   const int64_t ctas = static_cast<int64_t>(order.count) * (problem.block_size / tile.rows);
   make_work_order(problem, rows, order, execution.stream);
+  make_mean_rows(problem, means, execution.stream);
   if (problem.dtype == DType::kBFloat16) {
     launch_attend<__nv_bfloat16>(parameters, config, tile, ctas, execution.stream);
   } else {

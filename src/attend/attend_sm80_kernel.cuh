@@ -2,8 +2,9 @@
 // head) or a part of it, warps of 16 or 32 query rows side by side.
 //
 //   shared   Work, Q [rows, d_qk], slots of 64 keys [64, d_qk or d_v]: K, V, K, V, ... of the kept
-//   blocks step     wait for the next slot, start the copy into the one that all warps have left,
-//   then
+//            blocks, then, with a mean correction, means of the others: 64 blocks, a word of the
+//            row
+//   step     wait for the next slot, start the copy into the one that all warps have left, then
 //              K: s = q k^T [rows, 64], mask, online softmax, weights w in registers
 //              V: o += w v  [rows, d_v]
 //
@@ -67,31 +68,30 @@ class AttendTile {
     if (warp() == 0) begin_work(p_, item, first);
     __syncthreads();
     copy_q();
-    for (int32_t i = 0; i < p_.slots - 1; ++i) start_copy(i, i, work().known[0]);
+    for (int32_t i = 0; i < p_.slots - 1; ++i) start_copy(i, i);
     for (int32_t t = 0, slot = 0;; ++t) {
       wait_for_slot();
-      const int32_t known = work().known[t % 2];
-      KeyTile tile = key_tile(p_, t, known);
+      const KeyTile& tile = work().tiles[t % kTilesAhead];
       if (tile.first < 0) break;
-      if (warp() == 0) look_ahead(p_, t);
-      start_copy(2 * t + p_.slots - 1, slot_before(slot), known);
+      if (warp() == 0) look_ahead(p_, t + 3);
+      start_copy(2 * t + p_.slots - 1, slot_before(slot));
+      // The number of a word is less than any position in its blocks.
       const bool seen = tile.first <= last_query_of_warp();
-      const bool masked = !all_seen(p_, tile);
       Weights w;
       if (seen) {
-        weigh(slots() + slot * kSlotBytes, tile, masked, w);
+        weigh(slots() + slot * kSlotBytes, tile, w);
       } else {
         clear(w);  // else the registers hold what they held in the step before: they cost twice
       }
 
       wait_for_slot();
-      start_copy(2 * t + p_.slots, slot, work().known[t % 2]);
+      start_copy(2 * t + p_.slots, slot);
       slot = slot_after(slot);
       std::byte* values = slots() + slot * kSlotBytes;
-      const uint64_t aside = masked ? set_aside(values) : 0;
+      const uint64_t aside = tile.masked ? set_aside(values) : 0;
       if (seen) {
         accumulate(values, w);
-        if (aside != 0) add_aside(aside, key_tile(p_, t, work().known[t % 2]), w);
+        if (aside != 0) add_aside(aside, tile, w);
       }
       slot = slot_after(slot);
     }
@@ -113,12 +113,16 @@ class AttendTile {
     return last < max(first, work().first_position) ? -1 : last;
   }
 
-  // One warp copies rows [begin, end) of the 8 from `row` on, `stride` bytes apart, d elements
-  // each, and zeros in place of the other rows and of columns d to padded_d. `any`: some row of the
-  // tensor.
+  // Bits begin .. end - 1 of 8.
+  static __device__ uint32_t rows_between(int32_t begin, int32_t end) {
+    return (0xffu >> (8 - min(max(end, 0), 8))) & (0xffu << min(max(begin, 0), 8));
+  }
+  // One warp copies those of the 8 rows from `row` on whose bit is set in `rows`, `stride` bytes
+  // apart, d elements each, and zeros in place of the other rows and of columns d to padded_d.
+  // `any`: some row of the tensor.
   __device__ static void copy_8_rows(std::byte* to, const std::byte* row, int64_t stride,
-                                     int32_t begin, int32_t end, int32_t d, int32_t padded_d,
-                                     bool aligned, const std::byte* any) {
+                                     uint32_t rows, int32_t d, int32_t padded_d, bool aligned,
+                                     const std::byte* any) {
     const int32_t r = lane() / 8, c = lane() % 8;
     row += r * stride;
     if (aligned) {
@@ -129,7 +133,7 @@ class AttendTile {
 #pragma unroll
         for (int column = 0; column < kDimQk; column += 64) {
           if (column >= padded_d) break;
-          const bool inside = at >= begin && at < end && column + c * 8 < d;
+          const bool inside = (rows >> at & 1) != 0 && column + c * 8 < d;
           const std::byte* from = row + half * 4 * stride + (column + c * 8) * kElementBytes;
           cp_async<16>(line + column * kElementBytes, inside ? from : any, inside ? 16 : 0);
         }
@@ -140,7 +144,7 @@ class AttendTile {
     for (int32_t i = 0; i < padded_d / 32; ++i) {
       const int32_t at = r + i % 2 * 4, column = i / 2 * 64 + c * 8;
       uint4 elements{0, 0, 0, 0};
-      if (at >= begin && at < end && column < d) {
+      if ((rows >> at & 1) != 0 && column < d) {
         const std::byte* from = row + i % 2 * 4 * stride + column * kElementBytes;
         elements = {load_pair(from), load_pair(from + 4), load_pair(from + 8),
                     load_pair(from + 12)};
@@ -158,29 +162,42 @@ class AttendTile {
     for (int32_t row = 8 * warp(); row < p_.tile_rows; row += 8 * warps()) {
       const int32_t position = work().first + row;
       const int32_t i = position - work().first_position;
-      copy_8_rows(q_tile() + row * kPitchBytes, rows + i * stride, stride, -i,
-                  work().last + 1 - position, p_.problem.d_qk, kDimQk, p_.q_aligned, q.data);
+      copy_8_rows(q_tile() + row * kPitchBytes, rows + i * stride, stride,
+                  rows_between(-i, work().last + 1 - position), p_.problem.d_qk, kDimQk,
+                  p_.q_aligned, q.data);
     }
   }
 
   // Starts the copy of an item, 2 t: K of tile t, 2 t + 1: its V, and closes its group; an empty
   // group where there are no more keys.
-  __device__ void start_copy(int32_t item, int32_t slot, int32_t known) const {
-    const KeyTile tile = key_tile(p_, item / 2, known);
+  __device__ void start_copy(int32_t item, int32_t slot) const {
+    const KeyTile& tile = work().tiles[item / 2 % kTilesAhead];
     if (tile.first >= 0) {
       const bool values = item % 2 != 0;
       const DeviceProblem& problem = p_.problem;
-      const int64_t stride = (values ? problem.v.row_stride : problem.k.row_stride) * kElementBytes;
+      const int32_t d = values ? problem.d_v : problem.d_qk;
+      const bool means = tile.is_means();
+      const int64_t stride =
+          means ? d * kElementBytes
+                : (values ? problem.v.row_stride : problem.k.row_stride) * kElementBytes;
       const std::byte* any = values ? problem.v.data : problem.k.data;
       std::byte* to = slots() + slot * kSlotBytes;
 #pragma unroll 1
       for (int32_t row = 8 * warp(); row < kTileKv; row += 8 * warps()) {
-        const int32_t key = row < kHalfTile ? tile.first + row : tile.second + row - kHalfTile;
-        const int32_t n = work().s_kv - key;
-        // Pages hold a multiple of 16 rows, so the 8 lie in one.
-        copy_8_rows(to + row * kPitchBytes, n > 0 ? kv_row(p_, values, key) : any, stride, 0, n,
-                    values ? problem.d_v : problem.d_qk, values ? kDimV : kDimQk,
-                    values ? p_.v_aligned : p_.k_aligned, any);
+        const std::byte* from;
+        uint32_t rows;
+        if (means) {
+          from = mean_row(p_, values, tile.first * 64 + row);
+          rows = static_cast<uint32_t>(tile.dropped >> row);
+        } else {
+          const int32_t key = row < kHalfTile ? tile.first + row : tile.second + row - kHalfTile;
+          const int32_t n = work().s_kv - key;
+          // Pages hold a multiple of 16 rows, so the 8 lie in one.
+          from = n > 0 ? kv_row(p_, values, key) : any;
+          rows = rows_between(0, n);
+        }
+        copy_8_rows(to + row * kPitchBytes, from, stride, rows, d, values ? kDimV : kDimQk,
+                    means || (values ? p_.v_aligned : p_.k_aligned), any);
       }
     }
     cp_async_commit();
@@ -212,7 +229,7 @@ class AttendTile {
     return work().first + warp() * kWarpRows + m * 16 + half * 8 + lane() / 4;
   }
   // w = exp2(s - the new maximum), s = q k^T; o, sums and maxima follow.
-  __device__ void weigh(const std::byte* keys, const KeyTile& tile, bool masked, Weights& w) {
+  __device__ void weigh(const std::byte* keys, const KeyTile& tile, Weights& w) {
     Scores s{};
     const uint32_t q_row = fragment_row(q_tile(), warp() * kWarpRows + lane() % 16, lane() / 16);
     const uint32_t k_row = fragment_row(keys, lane() / 16 * 8 + lane() % 8, lane() / 8 % 2);
@@ -245,8 +262,34 @@ class AttendTile {
         for (float& score : s[m]) score *= p_.scores_scale;
       }
     }
-    if (masked) mask(tile, s);
+    if (tile.is_means()) {
+      weigh_means(tile, s);
+    } else if (tile.masked) {
+      mask(tile, s);
+    }
     softmax(s, w);
+  }
+
+  // A block counts as many times as it has keys; those that the row keeps are zeros here.
+  __device__ void weigh_means(const KeyTile& tile, Scores& s) const {
+    const int32_t column = lane() % 4 * 2;
+    const auto* words = reinterpret_cast<const uint32_t*>(&tile.dropped);
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+      const uint32_t dropped = words[n / 4] >> column;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const bool is_dropped = (dropped >> (n % 4 * 8 + e) & 1) != 0;
+#pragma unroll
+        for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            float& score = s[m][4 * n + 2 * half + e];
+            score = is_dropped ? score + p_.mean_bias : -kInfinity;
+          }
+        }
+      }
+    }
   }
 
   __device__ void mask(const KeyTile& tile, Scores& s) const {

@@ -158,7 +158,7 @@ void run_attend(const DeviceProblem& device, const Problem& problem, const Devic
     if (sm90.bytes() > arena.bytes()) arena = sm90;
     return;
   }
-  const bool sm90 = hopper && attend_sm90_takes(problem);
+  const bool sm90 = hopper && !rows.mean_correction && attend_sm90_takes(problem);
   (sm90 ? attend_sm90 : attend_sm80)(device, problem, rows, execution, arena);
 }
 
@@ -219,7 +219,8 @@ void attend(const Problem& problem, const BlockRows& rows, const Execution& exec
             Arena& arena) {
   const bool has_index = rows.csr != nullptr;
   begin(problem, execution, arena, has_index ? "attend with a BlockIndex" : nullptr);
-  DeviceRows device_rows{.bits = nullptr, .window = rows.window};
+  DeviceRows device_rows{
+      .bits = nullptr, .window = rows.window, .mean_correction = rows.mean_correction};
   uint64_t* words = nullptr;
   if (has_index) words = arena.take<uint64_t>(BlockBits::layout(problem).word_count());
   const DeviceProblem device = make_device_problem(problem, arena, execution.stream);
@@ -257,7 +258,9 @@ void prefill(const Problem& problem, const Pattern& pattern, const BlockRows& ro
   const DeviceProblem device = make_device_problem(problem, arena, execution.stream);
   uint64_t* bits = rows.bits->words;
   select_cuda(device, problem, pattern, execution, arena, bits, copy.device());
-  run_attend(device, problem, {.bits = bits, .window = rows.window}, execution, arena);
+  const DeviceRows device_rows{
+      .bits = bits, .window = rows.window, .mean_correction = rows.mean_correction};
+  run_attend(device, problem, device_rows, execution, arena);
   if (!arena.counting()) copy.copy_back(execution);
 }
 
@@ -296,7 +299,8 @@ void attend_index(const Problem& problem, const DeviceBlockIndex& index, const E
   const DeviceProblem device = make_device_problem(problem, arena, execution.stream);
   if (!arena.counting()) csr_to_bits(device, index, bits, execution.stream);
   const TokenWindow window = TokenWindow::of(index.global_window, index.local_window);
-  run_attend(device, problem, {.bits = bits, .window = window}, execution, arena);
+  const DeviceRows rows{.bits = bits, .window = window, .mean_correction = index.mean_correction};
+  run_attend(device, problem, rows, execution, arena);
 }
 
 }  // namespace

@@ -94,6 +94,7 @@ struct DeviceProblem {
 struct DeviceRows {
   const uint64_t* bits;  // nullptr: every causal block
   TokenWindow window;
+  bool mean_correction = false;  // BlockIndex::mean_correction
 
   // Words of one row; q_row counts from the sequence's first query block.
   FLEXPREFILL_HOST_DEVICE_INLINE const uint64_t* row(const DeviceSequence& sequence, int32_t head,
