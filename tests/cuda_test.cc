@@ -14,6 +14,7 @@
 #include "cuda/cuda_check.h"
 #include "cuda/device_index.h"
 #include "device_memory.h"
+#include "flexprefill/c_api.h"
 #include "index/block_row.h"
 #include "math.h"
 #include "staged_call.h"
@@ -216,9 +217,23 @@ void expect_same_outputs(const CaseData& a, const CaseData& b) {
   for (size_t e = 0; e < left.size(); ++e) ASSERT_EQ(left[e], right[e]) << "element " << e;
 }
 
+const std::vector<MInferenceHead> kHeads{{MInferenceHead::Kind::kBlockSparse, 64, 0},
+                                         {MInferenceHead::Kind::kAShape, 1, 64},
+                                         {MInferenceHead::Kind::kVerticalSlash, 64, 64},
+                                         {MInferenceHead::Kind::kBlockSparse, 100, 0}};
+const FlashPrefill kFlash{.alpha = 0.9f, .global_window = 0, .local_window = 1, .last_queries = 0};
 std::vector<Pattern> patterns() {
-  return {Dense{}, FlexPrefill{.min_budget = 32}, FlexPrefill{.tau = 1, .min_budget = 32},
-          VerticalSlash{64, 64}, StreamingLlm{30, 50}};
+  FlashPrefill uncorrected = kFlash;
+  uncorrected.mean_correction = false;
+  return {Dense{},
+          FlexPrefill{.min_budget = 32},
+          FlexPrefill{.tau = 1, .min_budget = 32},
+          VerticalSlash{64, 64},
+          StreamingLlm{30, 50},
+          XAttention{8, 0.5f},
+          kFlash,
+          uncorrected,
+          MInference{kHeads}};
 }
 
 TEST_P(CudaCall, PrefillIsSelectAndAttendWithAnIndexOnHostOrDevice) {
@@ -260,6 +275,7 @@ TEST_P(CudaCall, PrefillIsSelectAndAttendWithAnIndexOnHostOrDevice) {
         EXPECT_EQ(back.indices, index.indices);
         EXPECT_EQ(on_device.global_window, index.global_window);
         EXPECT_EQ(on_device.local_window, index.local_window);
+        EXPECT_EQ(on_device.mean_correction, index.mean_correction);
         bytes = attend_on_device_workspace_size(call.input, execution());
         attend_on_device(call.input, on_device, execution(), call.workspace(bytes), call.out,
                          call.lse);
@@ -353,10 +369,11 @@ TEST_P(CudaCall, AGraphReplaysPrefillOnNewInputs) {
   }
 }
 
-TEST_P(CudaCall, AGraphReplaysSelectAndAttendOnTheDevice) {
-  const Pattern pattern = FlexPrefill{.min_budget = 32};
+// A graph of select_on_device and attend_on_device against prefill.
+void check_two_stages(const Execution& execution, const Pattern& pattern) {
+  SCOPED_TRACE(pattern.index());
   const Stream stream;
-  Execution on_stream = execution();
+  Execution on_stream = execution;
   on_stream.stream = stream.get();
   Case c = medium_case(Layout::kPaged);
   CaseData first(c);
@@ -375,12 +392,80 @@ TEST_P(CudaCall, AGraphReplaysSelectAndAttendOnTheDevice) {
   call.rewrite(fresh);
   graph.launch(stream);
   call.finish_into(fresh);
-  StagedCall again(direct, execution());
-  prefill(again.input, pattern, execution(),
-          again.workspace(prefill_workspace_size(again.input, pattern, execution())), again.out,
+  StagedCall again(direct, execution);
+  prefill(again.input, pattern, execution,
+          again.workspace(prefill_workspace_size(again.input, pattern, execution)), again.out,
           again.lse);
   again.finish();
   expect_same_outputs(fresh, direct);
+}
+
+flexprefill_tensor to_c(const TensorView& view) {
+  flexprefill_tensor tensor = flexprefill_tensor_contiguous(
+      view.data, static_cast<int32_t>(view.dtype), view.rank, view.shape.data());
+  std::copy(view.strides.begin(), view.strides.end(), tensor.strides);
+  return tensor;
+}
+
+TEST_P(CudaCall, AGraphReplaysSelectAndAttendOnTheDevice) {
+  for (const Pattern& pattern : patterns()) check_two_stages(execution(), pattern);
+}
+
+TEST_P(CudaCall, TheCApiSelectsAndAttendsOnTheDevice) {
+  CaseData whole(medium_case()), apart(medium_case());
+  StagedCall prefilled(whole, execution()), call(apart, execution());
+  prefill(prefilled.input, kFlash, execution(),
+          prefilled.workspace(prefill_workspace_size(prefilled.input, kFlash, execution())),
+          prefilled.out, prefilled.lse);
+  prefilled.finish();
+
+  flexprefill_input input = flexprefill_input_default();
+  input.q = to_c(call.input.q);
+  input.k = to_c(call.input.k);
+  input.v = to_c(call.input.v);
+  input.block_size = call.input.block_size;
+  flexprefill_execution by = flexprefill_execution_default();
+  by.backend = static_cast<int32_t>(execution().backend);
+  flexprefill_pattern pattern = flexprefill_pattern_default(FLEXPREFILL_PATTERN_FLASH_PREFILL);
+  pattern.alpha = kFlash.alpha;
+  pattern.global_window = kFlash.global_window;
+  pattern.local_window = kFlash.local_window;
+  pattern.last_queries = kFlash.last_queries;
+  const DeviceArrays arrays(call.input);
+  flexprefill_device_block_index index = flexprefill_device_block_index_default();
+  index.indptr = arrays.view().indptr;
+  index.indices = arrays.view().indices;
+  index.capacity = arrays.view().capacity;
+  size_t select_bytes = 0, attend_bytes = 0;
+  ASSERT_EQ(flexprefill_select_on_device_workspace_size(&input, &pattern, &by, &select_bytes),
+            FLEXPREFILL_OK);
+  ASSERT_EQ(flexprefill_attend_on_device_workspace_size(&input, &by, &attend_bytes),
+            FLEXPREFILL_OK);
+  const Workspace workspace = call.workspace(std::max(select_bytes, attend_bytes));
+  // A struct of version 2 has no room for the flag.
+  index.struct_size = offsetof(flexprefill_device_block_index, mean_correction);
+  EXPECT_EQ(
+      flexprefill_select_on_device(&input, &pattern, &by, workspace.data, workspace.bytes, &index),
+      FLEXPREFILL_INVALID_ARGUMENT);
+  expect_says(flexprefill_last_error(), "index.struct_size: expected that of version 4");
+  index.struct_size = sizeof(index);
+  ASSERT_EQ(
+      flexprefill_select_on_device(&input, &pattern, &by, workspace.data, workspace.bytes, &index),
+      FLEXPREFILL_OK)
+      << flexprefill_last_error();
+  EXPECT_EQ(index.mean_correction, 1);
+  const flexprefill_tensor out = to_c(call.out), lse = to_c(call.lse);
+  ASSERT_EQ(flexprefill_attend_on_device(&input, &index, &by, workspace.data, workspace.bytes, &out,
+                                         &lse),
+            FLEXPREFILL_OK)
+      << flexprefill_last_error();
+  call.finish();
+  expect_same_outputs(whole, apart);
+  index.local_window = 5;
+  EXPECT_EQ(flexprefill_attend_on_device(&input, &index, &by, workspace.data, workspace.bytes, &out,
+                                         &lse),
+            FLEXPREFILL_INVALID_ARGUMENT);
+  expect_says(flexprefill_last_error(), "expected no window together with mean_correction");
 }
 
 TEST_P(CudaCall, WhatWaitsIsRefusedWhileTheStreamIsCaptured) {

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "flexprefill/select.h"
+#include "select/block_rules.h"
 #include "select/pattern.h"
 
 namespace flexprefill::testing {
@@ -42,6 +43,18 @@ struct TakenOnDevice {
   std::vector<uint64_t> bits, reversed;
 };
 TakenOnDevice take_on_device(const std::vector<float>& x, Weight weight, uint64_t limit);
+
+// The rules of block_rules.h by a warp. scores [i + 1]; the row's words, of n blocks.
+enum class RowRule { kReaching, kAbove, kBest };
+struct RowInput {
+  RowRule rule = RowRule::kReaching;
+  std::vector<float> scores;
+  int64_t n = 0;
+  float threshold = 0;     // kReaching
+  FlashPrefillRule above;  // kAbove
+  int64_t count = 0;       // kBest
+};
+std::vector<uint64_t> keep_row_on_device(const RowInput& input);
 
 }  // namespace flexprefill::testing
 

@@ -6,6 +6,7 @@
 #include "cuda/cuda_check.h"
 #include "select/choose_cuda.cuh"
 #include "select/map_cuda.cuh"
+#include "select/select_blocks_cuda_rows.cuh"
 #include "select/select_rows.h"
 #include "select_choice.h"
 
@@ -50,6 +51,18 @@ class DeviceArrays {
  private:
   std::vector<void*> arrays_;
 };
+
+static __global__ void keep_row_kernel(RowRule rule, const float* scores, int64_t i, int64_t n,
+                                       float threshold, FlashPrefillRule above, int64_t count,
+                                       uint64_t* row) {
+  if (rule == RowRule::kReaching) {
+    keep_reaching_warp(scores, i, n, threshold, row);
+  } else if (rule == RowRule::kAbove) {
+    keep_above_warp(scores, i, n, above, row);
+  } else {
+    keep_best_warp(scores, i, n, count, row);
+  }
+}
 
 static __global__ void __launch_bounds__(kChooseThreads, 1)  // without the 1 it spills
     take_kernel(const float* x, int64_t size, Weight weight, uint64_t limit, Taken* taken,
@@ -188,6 +201,18 @@ ChoiceResult choose_on_device(const ChoiceInput& input) {
   result.kept = DeviceArrays::get(select.bits, grid.n_q * words);
   result.map = DeviceArrays::get(select.maps, select.map_room);
   return result;
+}
+
+std::vector<uint64_t> keep_row_on_device(const RowInput& input) {
+  DeviceArrays arrays;
+  const size_t words = static_cast<size_t>((input.n + 63) / 64);
+  const float* scores = arrays.put(input.scores);
+  auto* row = arrays.take<uint64_t>(words);
+  launch(keep_row_kernel, dim3(1), dim3(32), 0, nullptr, input.rule, scores,
+         static_cast<int64_t>(input.scores.size()) - 1, input.n, input.threshold, input.above,
+         input.count, row);
+  cuda_check(cudaDeviceSynchronize(), "a row");
+  return DeviceArrays::get(row, words);
 }
 
 }  // namespace flexprefill::testing

@@ -159,5 +159,50 @@ TEST_F(SelectChoice, KeepsTheSameBlocksOfAMap) {
   }
 }
 
+// Scores for a row of i + 1 blocks in all sizes, also many that are equal or below 2^-40.
+TEST_F(SelectChoice, AWarpKeepsTheSameBlocksOfARow) {
+  std::mt19937 random(4);
+  Histogram histogram;
+  for (const int64_t size : {1, 2, 3, 31, 64, 65, 500, 1300}) {
+    for (const int kind : {0, 1, 2, 3}) {
+      RowInput input;
+      input.scores =
+          kind == 3 ? std::vector<float>(size, 0.0f) : random_scores(random, size, kind == 1);
+      if (kind == 2) {
+        for (float& x : input.scores) x = std::ldexp(x, -static_cast<int>(random() % 45));
+      }
+      const int64_t i = size - 1;
+      input.n = size + 3;
+      std::vector<uint64_t> want((input.n + 63) / 64);
+      const auto check = [&](const std::string& name) {
+        EXPECT_EQ(keep_row_on_device(input), want) << name << " size " << size << " kind " << kind;
+      };
+      input.rule = RowRule::kReaching;
+      for (const float threshold : {0.01f, 0.5f, 0.9f, 0.999999f, 1.0f}) {
+        input.threshold = threshold;
+        keep_reaching(input.scores.data(), i, input.n, threshold, &histogram, want.data());
+        check("reaching " + std::to_string(threshold));
+      }
+      input.rule = RowRule::kAbove;
+      for (const float alpha : {0.0f, 0.1f, 1.0f}) {
+        for (const int64_t first_full : {i, i + 1}) {
+          input.above = {.alpha = alpha,
+                         .global_blocks = size / 10,
+                         .local_blocks = 2,
+                         .first_full = first_full};
+          keep_above(input.scores.data(), i, input.n, input.above, want.data());
+          check("above " + std::to_string(alpha));
+        }
+      }
+      input.rule = RowRule::kBest;
+      for (const int64_t count : {int64_t{0}, int64_t{1}, int64_t{2}, size / 2, size - 1, size}) {
+        input.count = count;
+        keep_best(input.scores.data(), i, input.n, count, &histogram, want.data());
+        check("best " + std::to_string(count));
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace flexprefill::testing
