@@ -21,7 +21,9 @@ void check(cudaError_t status, const char* what) {
 }  // namespace
 
 CudaInfo cuda_info() {
-  CudaInfo info{.built = true, .runtime = CUDART_VERSION};
+  CudaInfo info;
+  info.built = true;
+  info.runtime = CUDART_VERSION;
   int driver = 0, count = 0;
   if (cudaDriverGetVersion(&driver) == cudaSuccess) info.driver = driver;
   if (const cudaError_t status = cudaGetDeviceCount(&count); status != cudaSuccess) {

@@ -93,6 +93,23 @@ CPU = [
 ]
 GPU = [there(x) for x in CPU]
 PATTERN = fp.FlexPrefill(gamma=0.8, min_budget=32)
+HEAD = fp.MInferenceHead
+PATTERNS = [
+    PATTERN,
+    fp.StreamingLlm(20, 50),
+    fp.Dense(),
+    fp.XAttention(8, 0.6),
+    fp.FlashPrefill(0.8, 0, 32, 32),
+    fp.FlashPrefill(0.8, 0, 32, 32, mean_correction=False),
+    fp.MInference(
+        [
+            HEAD("a_shape", 20, 50),
+            HEAD("vertical_slash", 32, 64),
+            HEAD("block_sparse", 64, 0),
+            HEAD("block_sparse", 32, 0),
+        ]
+    ),
+]
 
 
 def close(got: torch.Tensor, expected: torch.Tensor) -> None:
@@ -120,17 +137,24 @@ def check_attend() -> None:
 
 
 def check_select() -> None:
-    for pattern in (PATTERN, fp.StreamingLlm(20, 50), fp.Dense()):
+    for pattern in PATTERNS:
         index, audit = fp.select(*GPU[:2], pattern, audit=True, **B)
         expected, expected_audit = fp.select(*CPU[:2], pattern, audit=True, **B)
         assert index == expected, pattern
-        assert (index.global_window, index.local_window) == (
-            expected.global_window,
-            expected.local_window,
-        )
+        for field in ("global_window", "local_window", "mean_correction"):
+            assert getattr(index, field) == getattr(expected, field), (pattern, field)
         np.testing.assert_array_equal(audit.pattern, expected_audit.pattern)
         np.testing.assert_allclose(audit.kept_mass, expected_audit.kept_mass, atol=1e-3)
         close(fp.attend(*GPU, index, **B), fp.prefill(*CPU, pattern, **B))
+        # The caller's own rows on the device.
+        rows = (there(torch.from_numpy(np.array(x))) for x in (expected.indptr, expected.indices))
+        flags = {
+            field: getattr(expected, field)
+            for field in ("global_window", "local_window", "mean_correction")
+        }
+        own = fp.BlockIndex(*rows, expected.sequences, 4, 32, **flags)
+        assert own == expected
+        close(fp.attend(*GPU, own, **B), fp.attend(*CPU, expected, **B))
 
 
 def check_prefill() -> None:

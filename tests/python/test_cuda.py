@@ -21,6 +21,16 @@ PATTERNS = [
     fp.FlexPrefill(gamma=0.8, tau=1, min_budget=128),
     fp.VerticalSlash(256, 256),
     fp.StreamingLlm(100, 300),
+    fp.XAttention(16, 0.8),
+    fp.FlashPrefill(0.5, 128, 128, 128),
+    fp.MInference(
+        [
+            fp.MInferenceHead("a_shape", 100, 300),
+            fp.MInferenceHead("vertical_slash", 256, 256),
+            fp.MInferenceHead("block_sparse", 512, 0),
+            fp.MInferenceHead("block_sparse", 256, 0),
+        ]
+    ),
 ]
 
 
