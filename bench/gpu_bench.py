@@ -1,12 +1,13 @@
 """Measures the CUDA backends beside other kernels, all in one process, on one GPU.
 
     python bench/gpu_bench.py --json bench/results/gpu.json
-    python bench/gpu_bench.py --quick --json quick.json         # 40 s: ours and cuDNN alone
+    python bench/gpu_bench.py --quick --json quick.json         # a minute: ours and cuDNN alone
 
 Sections (--sections):
   attend    20 % of the causal blocks, at random: ours, FlashAttention-4, flex_attention, one index
   dense     every causal block: ours, FlashAttention-3 and -2, cuDNN, flex_attention
   prefill   structured input: select, attend, both; cuDNN, the published code, FlashPrefill V2
+  patterns  select and prefill of every pattern; what the mean correction costs
   shapes    prefill against dense: as many K/V as query heads; d 64; fp16; four mixed lengths
   chunks    a 128k prompt in chunks of 2k, 8k, 16k: prefill of each against dense of each
   rule      prefill as asked against dense mode over lengths, chunks, heads, head dims, batches
@@ -221,6 +222,46 @@ def prefill(bench: Bench, n: int) -> None:
         )
 
 
+def named_backend() -> str:
+    """The card's, by the name under which prefill never takes dense mode instead."""
+    return "sm90" if torch.cuda.get_device_capability() == (9, 0) else "sm80"
+
+
+def patterns(bench: Bench, n: int) -> None:
+    q, k, v = tensors(bench.args, "structured", n)
+    by = {"backend": named_backend()}
+    one = {"section": "patterns", "input": "structured", "tokens": n}
+    head = fp.MInferenceHead
+    kinds = [
+        head("a_shape", 1024, 4096), head("vertical_slash", 1024, 4096), head("block_sparse", 4096),
+    ]  # fmt: skip
+    heads = bench.args.heads
+    for name, pattern in {
+        "flex_prefill": PATTERN,
+        "vertical_slash": fp.VerticalSlash(1024, 4096),
+        "xattention 16": fp.XAttention(16, 0.9),
+        "xattention 8": fp.XAttention(8, 0.9),
+        "flash_prefill": fp.FlashPrefill(alpha=FLASH_PREFILL_ALPHA),
+        "minference": fp.MInference([kinds[h % 3] for h in range(heads)]),
+        "minference, block-sparse": fp.MInference([kinds[2]] * heads),
+    }.items():
+        index = fp.select(q, k, pattern)
+        labels = one | {"density": index.density}
+        for stage, call in (
+            ("select", functools.partial(fp.select, q, k, pattern, **by)),
+            ("prefill", functools.partial(fp.prefill, q, k, v, pattern, **by)),
+        ):
+            bench.add(f"{stage} {name}", lambda call=call: call, **labels)
+        if not index.mean_correction:
+            continue
+        rows = (index.indptr, index.indices, index.sequences, index.h_q)
+        for label, flag in (("", False), (" with means", True)):
+            same = fp.BlockIndex(*rows, mean_correction=flag)
+            call = functools.partial(fp.attend, q, k, v, same)
+            bench.add(f"attend{label}", lambda call=call: call, **labels)
+    bench.add("cuDNN", lambda: peers.cudnn(q, k, v), **one)
+
+
 def shapes(bench: Bench, n: int) -> None:
     heads = bench.args.heads
     for label, changes in (
@@ -292,8 +333,8 @@ RULE_SHAPES: list[dict[str, Any]] = [
 
 
 def rule(bench: Bench, n: int) -> None:
-    """Prefill under the backend's name, which never takes dense mode instead, and its parts."""
-    backend = "sm90" if torch.cuda.get_device_capability() == (9, 0) else "sm80"
+    """Prefill as asked, and its parts."""
+    backend = named_backend()
     by = {"backend": backend}
     for kind in ("structured", "random"):
         for changes in RULE_SHAPES:
@@ -319,8 +360,8 @@ def rule(bench: Bench, n: int) -> None:
 
 
 SECTIONS = {
-    "attend": attend, "dense": dense, "prefill": prefill, "shapes": shapes, "chunks": chunks,
-    "rule": rule,
+    "attend": attend, "dense": dense, "prefill": prefill, "patterns": patterns, "shapes": shapes,
+    "chunks": chunks, "rule": rule,
 }  # fmt: skip
 RULE_LENGTHS = [2 * K, 4 * K, 8 * K, 16 * K]
 
@@ -339,8 +380,8 @@ def lengths_of(section: str, args: argparse.Namespace) -> list[int]:
 # Of each length: kernels that are measured, their work in dense calls (at 500 TFLOP/s), and
 # seconds in which others compile (FlashAttention-4 once, flex_attention and Triton's each time).
 _WORK = {
-    "attend": (3, 1.0), "dense": (4, 5.0), "prefill": (7, 3.0), "shapes": (13, 16.0),
-    "chunks": (9, 7.0), "rule": (40, 20.0),
+    "attend": (3, 1.0), "dense": (4, 5.0), "prefill": (7, 3.0), "patterns": (18, 5.0),
+    "shapes": (13, 16.0), "chunks": (9, 7.0), "rule": (40, 20.0),
 }  # fmt: skip
 
 
@@ -363,7 +404,7 @@ def estimated_seconds(args: argparse.Namespace) -> float:
 
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each case: how many times as long a peer takes as ours."""
-    ours = {"attend": "attend", "dense": "dense"}
+    ours = {"attend": "attend", "dense": "dense", "patterns": "select flex_prefill"}
     cases: dict[tuple[Any, ...], dict[str, float]] = {}
     for row in rows:
         if row["section"] == "rule":

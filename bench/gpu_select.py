@@ -2,6 +2,7 @@
 
     python bench/gpu_select.py
     python bench/gpu_select.py --tokens 8192 --tau 0 --json select.json
+    python bench/gpu_select.py --pattern xattention
     ncu --metrics gpu__time_duration.sum python bench/gpu_select.py --tokens 8192 --once
 
 The times of kernels are torch's profiler's, of calls outside a graph. Where kernels overlap
@@ -27,7 +28,19 @@ from flex_prefill.cli.common import format_table
 from flex_prefill.cli.inputs import INPUTS
 
 K = 1024
+KINDS = [
+    fp.MInferenceHead("a_shape", 1024, 4096),
+    fp.MInferenceHead("vertical_slash", 1024, 4096),
+    fp.MInferenceHead("block_sparse", 4096),
+]
 LENGTHS = [4 * K, 8 * K, 16 * K, 32 * K, 64 * K, 128 * K]
+OTHERS: dict[str, Callable[[int], Any]] = {  # of so many query heads
+    "vertical_slash": lambda _: fp.VerticalSlash(1024, 4096),
+    "xattention": lambda _: fp.XAttention(16, 0.9),
+    "flash_prefill": lambda _: fp.FlashPrefill(alpha=0.18),
+    "minference": lambda heads: fp.MInference([KINDS[h % 3] for h in range(heads)]),
+    "block_sparse": lambda heads: fp.MInference([KINDS[2]] * heads),
+}
 AIMS_MS = {4 * K: 0.08, 8 * K: 0.10, 16 * K: 0.15, 32 * K: 0.30, 64 * K: 0.60, 128 * K: 1.2}
 
 
@@ -93,7 +106,11 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--block-size", type=int, default=128)
-    parser.add_argument("--tau", type=float, default=0.1)
+    parser.add_argument(
+        "--pattern", choices=["flex_prefill", *OTHERS], default="flex_prefill",
+        help="minference: a third of the heads each kind; block_sparse: MInference's, all heads",
+    )  # fmt: skip
+    parser.add_argument("--tau", type=float, default=0.1, help="of flex_prefill")
     parser.add_argument("--input", choices=sorted(INPUTS), default="structured")
     parser.add_argument("--backend", default="cuda", help="sm80: the kernels of older cards")
     parser.add_argument("--repeats", type=int, default=100)
@@ -103,6 +120,8 @@ def main() -> None:
     if not (fp.info()["cuda"]["devices"] and torch.cuda.is_available()):
         raise SystemExit("gpu_select.py: needs a CUDA build of flex_prefill and torch, and a GPU")
     pattern = fp.FlexPrefill(gamma=0.9, tau=args.tau, min_budget=512)
+    if args.pattern != "flex_prefill":
+        pattern = OTHERS[args.pattern](args.heads)
     options: dict[str, Any] = {"backend": args.backend, "block_size": args.block_size}
     report: list[dict[str, Any]] = []
     with torch.inference_mode():

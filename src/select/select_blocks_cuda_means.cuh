@@ -65,6 +65,24 @@ struct MeansTask {
   }
 };
 
+// Where a tile has rows that do not see all of its means, those scores become -inf.
+__device__ inline void mask_means_tile(const MeansTask& task, const TileThread& me, int32_t column,
+                                       TileScores& x) {
+#pragma unroll
+  for (int r = 0; r < 8; ++r) {
+    const int m = r / 2, half = r % 2;
+    const int32_t seen = task.seen(me.row0 + 16 * m + 8 * half) - column;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& score = x[m][n][2 * half + e];
+        score = 8 * n + e < seen ? score : -INFINITY;
+      }
+    }
+  }
+}
+
 // The scores of a tile, x, become sums and maxima in the scratch.
 __device__ inline void finish_means_tile(const MeansTask& task, float scale, int32_t tile,
                                          TileScores& x) {
@@ -73,6 +91,18 @@ __device__ inline void finish_means_tile(const MeansTask& task, float scale, int
   const int32_t column = tile * MeansTile::kColumns + me.column0;
   const bool masked =
       task.seen(me.first_row()) < first_column + kStrip || me.first_row() + 64 > task.end;
+  if (!(scale > 0)) {  // the greatest is looked for before the scale
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+#pragma unroll
+        for (float& score : x[m][n]) score *= scale;
+      }
+    }
+    scale = 1;
+  }
+  if (masked) mask_means_tile(task, me, column, x);
 #pragma unroll
   for (int q = 0; q < 2; ++q) {
     const int32_t quarter = me.first_row() / 32 + q;
@@ -80,19 +110,14 @@ __device__ inline void finish_means_tile(const MeansTask& task, float scale, int
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const int m = 2 * q + r / 2, half = r % 2;
-      const int32_t seen =
-          masked ? task.seen(me.row0 + 16 * m + 8 * half) - column : 2 * MeansTile::kColumns;
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& score = x[m][n][2 * half + e];
-          score = 8 * n + e < seen ? score * scale : -INFINITY;
-          highest = fmaxf(highest, score);
-        }
+        for (int e = 0; e < 2; ++e) highest = fmaxf(highest, x[m][n][2 * half + e]);
       }
     }
-    highest = max_warp(highest);
+    // In units of log2 from here on; FLT_MAX may become infinite.
+    highest = fmaxf(max_warp(highest) * scale, -FLT_MAX);
     float sums[8][2] = {};
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
@@ -100,7 +125,9 @@ __device__ inline void finish_means_tile(const MeansTask& task, float scale, int
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) sums[n][e] += exp2_approx(x[m][n][2 * half + e] - highest);
+        for (int e = 0; e < 2; ++e) {
+          sums[n][e] += exp2_approx(fmaf(x[m][n][2 * half + e], scale, -highest));
+        }
       }
     }
     const float2 sum = sum_columns(sums, me.lane);
