@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <limits>
+#include <string>
 #include <vector>
 
 #include "case_table.h"
@@ -127,6 +129,69 @@ TEST(MeanCorrection, MatchesPlainLoops) {
 
 TEST(MeanCorrection, RowsWithoutBlocksAreMeansAlone) {
   check_corrected({.name = "empty", .lengths = {{300, 333}}, .block_size = 32, .seed = 7}, true);
+}
+
+// A mean that is not finite reaches the rows that count it, and no row that keeps its block.
+TEST(MeanCorrection, NaNAndInfinityStayWithTheRowsThatCountThem) {
+  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  for (const int32_t block : {32, 64, 128}) {
+    Case c{.name = "not_finite",
+           .lengths = {{700, 720}, {40, 500}, {300, 300}},
+           .h_q = 2,
+           .h_kv = 2,
+           .d_qk = 40,
+           .d_v = 64,
+           .dtype = DType::kBFloat16,
+           .block_size = block,
+           .layout = Layout::kPacked,
+           .seed = 17};
+    const auto make_data = [&] {
+      CaseData data(c);
+      data.set_v(0, 70, 0, 3, kNaN);
+      data.set_v(0, 300, 0, 5, kInfinity);
+      data.set_v(1, 499, 0, 7, -kInfinity);
+      data.set_v(2, 64, 1, 60, kNaN);
+      data.set_k(0, 450, 1, 0, kNaN);
+      return data;
+    };
+    CaseData want = make_data();
+    BlockIndex index = random_index(want, 0.5, 11, true);
+    index.mean_correction = true;
+    const auto compute = [&](CaseData& data, const Execution& execution) {
+      StagedCall call(data, execution);
+      attend(call.input, &index, execution,
+             call.workspace(attend_workspace_size(call.input, execution)), call.out, call.lse);
+      call.finish();
+    };
+    compute(want, {.backend = Backend::kReference});
+    int64_t finite = 0, not_finite = 0;
+    for (const Execution& execution : executions(Stage::kAttend)) {
+      CaseData got = make_data();
+      compute(got, execution);
+      for (int64_t s = 0; s < 3; ++s) {
+        for (int64_t i = 0; i < c.lengths[s].s_q; ++i) {
+          for (int32_t h = 0; h < 2; ++h) {
+            for (int32_t col = 0; col < c.d_v; ++col) {
+              const float a = got.out_at(s, i, h, col), b = want.out_at(s, i, h, col);
+              const std::string where = execution_name(execution) + " block " +
+                                        std::to_string(block) + " sequence " + std::to_string(s) +
+                                        " row " + std::to_string(i) + " head " + std::to_string(h) +
+                                        " column " + std::to_string(col);
+              if (std::isfinite(b)) {
+                ASSERT_NEAR(a, b, 0.05) << where;
+              } else {
+                ASSERT_TRUE(a == b || (std::isnan(a) && std::isnan(b))) << a << " " << b << where;
+              }
+              ++(std::isfinite(b) ? finite : not_finite);
+            }
+          }
+        }
+      }
+    }
+    EXPECT_GT(not_finite, 500);
+    EXPECT_GT(finite, 20 * 500);
+  }
 }
 
 TEST(MeanCorrection, PrefillIsSelectAndAttend) {

@@ -180,7 +180,7 @@ class AttendTile {
       const int64_t stride =
           means ? d * kElementBytes
                 : (values ? problem.v.row_stride : problem.k.row_stride) * kElementBytes;
-      const std::byte* any = values ? problem.v.data : problem.k.data;
+      const std::byte* any = means ? p_.means.k : values ? problem.v.data : problem.k.data;
       std::byte* to = slots() + slot * kSlotBytes;
 #pragma unroll 1
       for (int32_t row = 8 * warp(); row < kTileKv; row += 8 * warps()) {
