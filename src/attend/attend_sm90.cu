@@ -1,6 +1,7 @@
 // attend on cards of compute capability 9.0, the host's half: which calls TMA can address, tensor
 // maps, and the choice of a kernel. The kernel and its schedule: attend_sm90_kernel.cuh.
 #include <array>
+#include <cmath>
 #include <numeric>
 
 #include "attend/attend_sm90_plan.cuh"
@@ -55,6 +56,17 @@ sm90::TensorMap tensor_map(const TensorView& view, int32_t d, int32_t box_rows) 
   return sm90::make_tensor_map(shape);
 }
 
+// Of the means of every block, one row after another.
+sm90::TensorMap mean_map(void* means, const DeviceProblem& problem, int32_t d, DType dtype,
+                         int32_t box_rows) {
+  const TensorView view{.data = means,
+                        .dtype = dtype,
+                        .rank = 3,
+                        .shape = {problem.mean_rows, 1, d, 0},
+                        .strides = {d, d, 1, 0}};
+  return tensor_map(view, d, box_rows);
+}
+
 // Calls f.operator()<Shape>() with the kernel for the call's element type, head dims and blocks.
 template <typename F>
 void dispatch_shape(const DeviceProblem& problem, F&& f) {
@@ -98,12 +110,14 @@ void attend_sm90(const DeviceProblem& device_problem, const Problem& problem,
   params.problem = device_problem;
   params.rows = rows;
   params.order = take_work_order(device_problem, rows.bits != nullptr, device.l2_bytes, arena);
+  const MeanRows means = take_mean_rows(device_problem, rows, arena);
   if (arena.counting() || device_problem.index_rows == 0) return;
   params.mask = TokenMask::of(rows.window);
   // The softmax takes the maximum before it scales, which needs a positive scale.
   const float scale = device_problem.scale;
   params.scores_scale = scale > 0 ? 1 : scale;
   params.scale_log2 = scale > 0 ? scale * kLog2E : kLog2E;
+  params.mean_bias = std::log2(static_cast<float>(problem.block_size)) / params.scale_log2;
   params.q_packed = problem.q_view.rank == 3 ? 1 : 0;
   params.kv_packed = problem.k_view.rank == 3 ? 1 : 0;
   dispatch_shape(device_problem, [&]<typename Shape> {
@@ -113,7 +127,14 @@ void attend_sm90(const DeviceProblem& device_problem, const Problem& problem,
     params.q_map = tensor_map(problem.q_view, problem.d_qk, Shape::kQBoxRows);
     params.k_map = tensor_map(problem.k_view, problem.d_qk, params.kv_box_rows);
     params.v_map = tensor_map(problem.v_view, problem.d_v, params.kv_box_rows);
+    if (means.k != nullptr) {
+      params.k_mean_map =
+          mean_map(means.k, device_problem, problem.d_qk, problem.dtype, Shape::kTileKv);
+      params.v_mean_map =
+          mean_map(means.v, device_problem, problem.d_v, problem.dtype, Shape::kTileKv);
+    }
     make_work_order(device_problem, rows, params.order, execution.stream);
+    make_mean_rows(device_problem, means, execution.stream);
     launch_attend_sm90<Shape>(params, device.multiprocessors, execution.stream);
   });
 }

@@ -271,7 +271,12 @@ class Computer {
       for (float& score : s) score *= params_.scores_scale;
     }
     const KeyTile& tile = shared_.key_tile[ring_.stage];
-    if (tile.masked) mask(s, work, tile.first_key);
+    if (tile.kind == TileKind::kPlain) return;
+    if (tile.kind == TileKind::kMasked) {
+      mask(s, work, tile.first_key);
+    } else {
+      weigh_means(s, tile);
+    }
   }
 
   // Scores of keys that a row does not see become -inf. Key x, counted from this thread's first
@@ -298,6 +303,25 @@ class Computer {
     }
   }
 
+  // A block that was dropped counts as many times as it has keys.
+  __device__ void weigh_means(float (&s)[Shape::kTileKv / 2], const KeyTile& tile) const {
+    const auto* words = reinterpret_cast<const uint32_t*>(tile.dropped);
+    const int32_t column = 2 * (lane() % 4);
+#pragma unroll
+    for (int x = 0; x < Shape::kTileKv; x += 8) {
+      const uint32_t dropped = words[x / 32] >> column;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const bool counts = (dropped >> (x % 32 + e) & 1) != 0;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          float& score = s[x / 2 + 2 * r + e];
+          score = counts ? score + params_.mean_bias : -INFINITY;
+        }
+      }
+    }
+  }
+
   // The layout of s is that of the left operand of the next product.
   __device__ static void pack(const float (&s)[Shape::kTileKv / 2],
                               uint32_t (&p)[Shape::kTileKv / 4]) {
@@ -310,7 +334,7 @@ class Computer {
   // Until a tile of V is there, and was checked if it is masked.
   __device__ void await_checked(const RingPlace<Shape::kStages>& values) {
     sm90::barrier_wait(&shared_.v_full[values.stage], values.parity);
-    if (!shared_.value_tile[values.stage].masked) return;
+    if (shared_.value_tile[values.stage].kind == TileKind::kPlain) return;
     sm90::barrier_wait(&shared_.v_checked[values.stage], values.parity);
 #pragma unroll
     for (int warp = 0; warp < Shape::kCheckers; ++warp) {

@@ -55,10 +55,14 @@ class Loader {
     first_position_ = (sequence.first_q_block + item.q_row) * Shape::kBlock;
     sequence_ = item.sequence;
     kv_head_ = params_.problem.kv_head(item.head);
-    const int32_t tiles = item.blocks * Shape::kTilesPerBlock;
-    if (lane_ == 0) describe(item, sequence, tiles);
-    BlockWalk walk(
-        params_.rows.bits == nullptr ? nullptr : params_.rows.row(sequence, item.head, item.q_row));
+    const uint64_t* words =
+        params_.rows.bits == nullptr ? nullptr : params_.rows.row(sequence, item.head, item.q_row);
+    if (lane_ == 0) shared_.words = words;
+    __syncwarp();
+    const int32_t key_tiles = item.blocks * Shape::kTilesPerBlock;
+    const int32_t tiles = key_tiles + (params_.rows.mean_correction ? count_mean_tiles() : 0);
+    if (lane_ == 0) describe(item, sequence, key_tiles, tiles);
+    BlockWalk walk(words);
     // K tiles that are asked for before Q. Its place is free since the row before began if Q is
     // kept in registers; else until the row before ends: as many as fit besides those that it still
     // uses.
@@ -67,14 +71,53 @@ class Loader {
     int32_t first_key = 0;
 #pragma unroll 1
     for (int32_t i = 1; i <= tiles; ++i) {
-      first_key = (i - 1) % Shape::kTilesPerBlock == 0 ? walk.next() * Shape::kBlock
-                                                       : first_key + Shape::kTileKv;
-      load_kv(first_key, i == before_q);
+      const bool means = i > key_tiles;
+      if (means) {
+        first_key = next_means(i == key_tiles + 1 ? 0 : first_key + Shape::kTileKv);
+      } else {
+        first_key = (i - 1) % Shape::kTilesPerBlock == 0 ? walk.next() * Shape::kBlock
+                                                         : first_key + Shape::kTileKv;
+      }
+      load_kv(first_key, means, i == before_q);
     }
   }
 
+  // ---- Tiles of means
+
+  // The blocks from `first` on, a multiple of 64, that the row has dropped.
+  __device__ uint64_t dropped_word(int32_t first) const {
+    const int32_t diagonal = first_position_ / Shape::kBlock;
+    const uint64_t* words = shared_.words;
+    if (words == nullptr || first >= diagonal) return 0;
+    return dropped_blocks_of(words[first / 64], first / 64, diagonal);
+  }
+  __device__ bool has_dropped(int32_t first) const {
+    uint64_t dropped = 0;
+#pragma unroll
+    for (int w = 0; w < Shape::kMeanWords; ++w) dropped |= dropped_word(first + 64 * w);
+    return dropped != 0;
+  }
+  __device__ int32_t count_mean_tiles() const {
+    int32_t tiles = 0;
+#pragma unroll 1
+    for (int32_t first = 0; first < first_position_ / Shape::kBlock; first += 32 * Shape::kTileKv) {
+      tiles += __popc(__ballot_sync(0xffffffff, has_dropped(first + lane_ * Shape::kTileKv)));
+    }
+    return tiles;
+  }
+  // Where the next tile of means begins; only while there are more.
+  __device__ int32_t next_means(int32_t first) const {
+    while (!has_dropped(first)) first += Shape::kTileKv;
+    return first;
+  }
+  __device__ void copy_dropped(int32_t first, uint64_t* to) const {
+#pragma unroll 1
+    for (int w = 0; w < Shape::kMeanWords; ++w) to[w] = dropped_word(first + 64 * w);
+  }
+
   // Of the row that comes next.
-  __device__ void describe(const WorkItem& item, const DeviceSequence& sequence, int32_t tiles) {
+  __device__ void describe(const WorkItem& item, const DeviceSequence& sequence, int32_t key_tiles,
+                           int32_t tiles) {
     const DeviceProblem& problem = params_.problem;
     WorkTile& work = shared_.work[rows_ % WorkTile::kSlots];
     const int32_t row = first_position_ - sequence.first_position();  // negative: inside a block
@@ -86,7 +129,7 @@ class Loader {
     work.tiles = tiles;
     // The block on the diagonal is masked, and whatever a window cuts.
     const bool plain = params_.scores_scale == 1 && !params_.mask.windowed();
-    work.plain_tiles = plain ? max(tiles - Shape::kTilesPerBlock, 0) : 0;
+    work.plain_tiles = plain ? max(key_tiles - Shape::kTilesPerBlock, 0) : 0;
     work.first_position = first_position_;
     work.s_kv = sequence.s_kv;
     work.row_begin = max(-row, 0);
@@ -120,18 +163,22 @@ class Loader {
     }
   }
 
-  // With the row's Q between K and V, if asked for.
-  __device__ void load_kv(int32_t first_key, bool with_q) {
+  // With the row's Q between K and V, if asked for. `means`: of the blocks from first_key on.
+  __device__ void load_kv(int32_t first_key, bool means, bool with_q) {
     // Read again for each tile: registers are few here.
     const DeviceSequence& sequence = params_.problem.sequences[sequence_];
     const int32_t keys = max(min(sequence.s_kv - first_key, Shape::kTileKv), 0);
     const bool masked = is_masked<Shape>(params_.mask, first_position_, first_key);
+    const TileKind kind = means ? TileKind::kMeans : masked ? TileKind::kMasked : TileKind::kPlain;
     // Lane l brings box l. Pages past the last key are not looked up; what their keys' places hold
     // is masked (K) and zeroed (V).
-    const int32_t box_rows = params_.kv_box_rows;
+    const int32_t box_rows = means ? Shape::kTileKv : params_.kv_box_rows;
     int32_t boxes = 1, row = static_cast<int32_t>(sequence.kv_start) + first_key;
-    int32_t page = params_.kv_packed != 0 ? 0 : sequence_;
-    if (params_.problem.page_table != nullptr) {
+    int32_t head = kv_head_, page = params_.kv_packed != 0 ? 0 : sequence_;
+    if (means) {
+      row = static_cast<int32_t>(sequence.first_mean) + kv_head_ * sequence.n_kv + first_key;
+      head = page = 0;
+    } else if (params_.problem.page_table != nullptr) {
       boxes = (keys + box_rows - 1) / box_rows;
       const uint32_t key = first_key + lane_ * box_rows, page_size = params_.problem.page_size;
       const uint32_t nth = key / page_size;
@@ -150,21 +197,35 @@ class Loader {
         for (int c = 0; c < chunks; ++c) {
           sm90::tma_load(map, full,
                          tile + (c * Shape::kTileKv + lane_ * box_rows) * sm90::kChunkColumns,
-                         c * sm90::kChunkColumns, row, kv_head_, page);
+                         c * sm90::kChunkColumns, row, head, page);
         }
       }
     };
     const uint32_t stage = ring_.stage;
     sm90::barrier_wait(&shared_.k_empty[stage], ring_.parity ^ 1);
-    if (lane_ == 0) shared_.key_tile[stage] = {first_key, masked};
-    load(&params_.k_map, &shared_.k_full[stage], shared_.k[stage],
+    if (lane_ == 0) {
+      shared_.key_tile[stage].first_key = first_key;
+      shared_.key_tile[stage].kind = kind;
+      if (means) copy_dropped(first_key, shared_.key_tile[stage].dropped);
+    }
+    load(means ? &params_.k_mean_map : &params_.k_map, &shared_.k_full[stage], shared_.k[stage],
          Shape::kDimQk / sm90::kChunkColumns);
     if (with_q) load_q();
     sm90::barrier_wait(&shared_.v_empty[stage], ring_.parity ^ 1);
-    if (lane_ == 0) shared_.value_tile[stage] = {keys, masked};
-    load(&params_.v_map, &shared_.v_full[stage], shared_.v[stage],
+    if (lane_ == 0) describe_values(stage, keys);
+    load(means ? &params_.v_mean_map : &params_.v_map, &shared_.v_full[stage], shared_.v[stage],
          Shape::kDimV / sm90::kChunkColumns);
     ring_.advance();
+  }
+
+  __device__ void describe_values(uint32_t stage, int32_t keys) {
+    ValueTile& values = shared_.value_tile[stage];
+    const KeyTile& tile = shared_.key_tile[stage];
+    values.keys = keys;
+    values.kind = tile.kind;
+    if (tile.kind != TileKind::kMeans) return;
+#pragma unroll 1
+    for (int w = 0; w < Shape::kMeanWords; ++w) values.dropped[w] = tile.dropped[w];
   }
 
   // Tells the others that there is no more.
@@ -207,10 +268,14 @@ class Checker {
   __device__ void run() {
     for (RingPlace<Shape::kStages> ring;; ring.advance()) {
       sm90::barrier_wait(&shared_.v_full[ring.stage], ring.parity);
-      const ValueTile tile = shared_.value_tile[ring.stage];
+      const ValueTile& tile = shared_.value_tile[ring.stage];
       if (tile.keys == ValueTile::kNoMore) return;
-      if (tile.masked) {
-        check(ring.stage, tile.keys);
+      if (tile.kind != TileKind::kPlain) {
+        if (tile.kind == TileKind::kMasked) {
+          check(ring.stage, tile.keys);
+        } else {
+          clear_kept(ring.stage);
+        }
         sm90::fence_proxy_async();
       }
       warp_arrive(&shared_.v_checked[ring.stage]);
@@ -242,6 +307,18 @@ class Checker {
     const bool any = __any_sync(0xffffffff, found) != 0;
     if (lane_ == 0) shared_.not_finite[stage][warp_] = any;
     if (any) clear_not_finite(stage, end);
+  }
+
+  // Of a tile of means: those that do not count become zero, whatever they are. The others stay:
+  // all rows of the tile see them.
+  __device__ void clear_kept(uint32_t stage) {
+    const uint64_t* dropped = shared_.value_tile[stage].dropped;
+    for (int mean = first_ + lane_ / 8; mean < first_ + kRows; mean += 4) {
+      if ((dropped[mean / 64] >> (mean % 64) & 1) != 0) continue;
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) row(stage, c, mean)[lane_ % 8] = {0, 0, 0, 0};
+    }
+    if (lane_ == 0) shared_.not_finite[stage][warp_] = false;
   }
 
   __device__ static bool unit_not_finite(const uint4& unit) {

@@ -61,6 +61,8 @@ class RareRow {
 #pragma unroll 1
     for (int32_t block = 0; block <= query / Shape::kBlock; ++block) {
       const int32_t first = block * Shape::kBlock;
+      const bool before = first < work_.first_position;
+      if (params_.rows.mean_correction && before && !is_kept(block)) return true;  // its mean
       if (is_kept(block) &&
           params_.mask.sees_any(query, first, min(first + Shape::kBlock, work_.s_kv) - 1)) {
         return true;

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "attend/mask.cuh"
+#include "attend/mean_rows.cuh"
 #include "attend/tile_scheduler.cuh"
 #include "cuda/device_problem.h"
 #include "cuda/sm90.cuh"
@@ -27,6 +28,7 @@ struct AttendShape {
   // A tile of 128 keys and 256 columns would leave no room for a second stage, nor registers.
   static constexpr int kTileKv = kBlock == 64 || kDimV == 256 ? 64 : 128;
   static constexpr int kTilesPerBlock = kBlock / kTileKv;
+  static constexpr int kMeanWords = kTileKv / 64;  // words of a row's bits that a tile of means has
   // A warpgroup keeps its rows of Q in registers where there are enough of them. That spares shared
   // memory a third of the reads of S = Q K^T, and frees Q's place for the next row at once.
   static constexpr bool kQInRegisters = kDimQk <= 128;
@@ -59,16 +61,21 @@ struct WorkTile {
   static constexpr uint32_t kSlots = 4;
 };
 
-// Where a tile's keys begin, and whether some row does not see all of them.
+// kMasked: some row does not see all of the tile's keys. kMeans: means of blocks, of which those
+// count whose bits are set in `dropped`.
+enum class TileKind : int32_t { kPlain, kMasked, kMeans };
+
 struct KeyTile {
   int32_t first_key;
-  bool masked;
+  TileKind kind;
+  uint64_t dropped[2];
 };
 
 // What the checking warps need to know of a tile of V.
 struct ValueTile {
   int32_t keys;  // that exist; kNoMore: the end
-  bool masked;
+  TileKind kind;
+  uint64_t dropped[2];
 
   static constexpr int32_t kNoMore = -1;
 };
@@ -90,6 +97,7 @@ struct StreamShared {
   // Whether elements of a masked tile of V are not finite; they are zero in v. Published by
   // v_checked.
   bool not_finite[Shape::kStages][Shape::kCheckers];
+  const uint64_t* words;  // of the row that is loaded; here they take no registers
 
   __device__ void init() {
     constexpr uint32_t kWarps = Shape::kWarpgroups * 4;
@@ -127,6 +135,7 @@ struct RingPlace {
 
 struct AttendSm90Params {
   sm90::TensorMap q_map, k_map, v_map;
+  sm90::TensorMap k_mean_map, v_mean_map;  // with a mean correction
   DeviceProblem problem;
   DeviceRows rows;
   WorkOrder order;
@@ -134,6 +143,7 @@ struct AttendSm90Params {
   // Scores are multiplied by scores_scale where it is not 1 (a softmax scale that is not
   // positive), then weights are 2^(scale_log2 * score).
   float scores_scale, scale_log2;
+  float mean_bias;              // log2(block size), over scale_log2
   int32_t kv_box_rows;          // keys that one load brings
   int32_t q_packed, kv_packed;  // no dimension of sequences
 };

@@ -158,7 +158,7 @@ void run_attend(const DeviceProblem& device, const Problem& problem, const Devic
     if (sm90.bytes() > arena.bytes()) arena = sm90;
     return;
   }
-  const bool sm90 = hopper && !rows.mean_correction && attend_sm90_takes(problem);
+  const bool sm90 = hopper && attend_sm90_takes(problem);
   (sm90 ? attend_sm90 : attend_sm80)(device, problem, rows, execution, arena);
 }
 
