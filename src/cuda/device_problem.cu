@@ -9,7 +9,7 @@ namespace {
 
 // As many sequences as the parameters of one launch hold (4 KB).
 struct SequenceChunk {
-  static constexpr int kSize = 62;
+  static constexpr int kSize = 55;
   DeviceSequence sequences[kSize];
 };
 static_assert(sizeof(SequenceChunk) <= 4000);
@@ -46,7 +46,8 @@ DeviceSequence device_sequence(const Problem& problem, const BlockBits& bits, in
           .first_q_block = static_cast<int32_t>(grid.first_q_block),
           .n_q = static_cast<int32_t>(grid.n_q),
           .n_kv = static_cast<int32_t>(grid.n_kv),
-          .words_per_row = static_cast<int32_t>(BlockBits::words_per_row(grid))};
+          .words_per_row = static_cast<int32_t>(BlockBits::words_per_row(grid)),
+          .unused = 0};
 }
 
 }  // namespace

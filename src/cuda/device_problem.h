@@ -26,6 +26,9 @@ struct DeviceSequence {
   int32_t s_q, s_kv;
   int32_t first_q_block, n_q, n_kv;
   int32_t words_per_row;
+  // In a table with a stride of 64 bytes, its size without this, ptxas spills in select's
+  // probe_stats_kernel (152 bytes on sm_90a).
+  int64_t unused;
 
   // Where query row 0 stands.
   FLEXPREFILL_HOST_DEVICE_INLINE int32_t first_position() const { return s_kv - s_q; }
