@@ -111,6 +111,7 @@ struct ProbeSm90Task {
     sequence = x / problem.h_kv;
     const SelectSequence& plan = select.sequences[sequence];
     bool asked = false;
+#pragma unroll 1  // unrolled it spills
     for (int32_t h = 0; h < Shape::kHeads; ++h) asked |= select.asks_probe(head(select, h));
     any = plan.probed != 0 && first_chunk < plan.chunks && asked;
   }
