@@ -150,12 +150,6 @@ const BadCall kBadCalls[] = {
      FLEXPREFILL_UNSUPPORTED},
     {"device", [](Call& c) { c.execution.backend = FLEXPREFILL_BACKEND_CUDA; }, "CUDA",
      FLEXPREFILL_UNSUPPORTED},
-    {"device_of_a_pattern",
-     [](Call& c) {
-       xattention(c);
-       c.execution.backend = FLEXPREFILL_BACKEND_CUDA;
-     },
-     "pattern: xattention", FLEXPREFILL_UNSUPPORTED},
 };
 
 class CApiRefuses : public ::testing::TestWithParam<BadCall> {};
