@@ -16,7 +16,7 @@
 namespace flexprefill {
 
 // What a backend was measured to take. bench/fit_dense_rule.py finds these numbers from
-// `bench/gpu_bench.py --sections rule`, with FlexPrefill; the other patterns are weighed by them too.
+// `bench/gpu_bench.py --sections rule`, with FlexPrefill; they weigh the other patterns too.
 struct DenseRule {
   Backend backend;
   double select_us;       // of a call, whatever its size
