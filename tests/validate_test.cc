@@ -192,6 +192,11 @@ TEST(Refuses, BadPattern) {
       {VerticalSlash{.slash_size = -5}, "slash_size"},
       {StreamingLlm{.global_window = -1}, "global_window"},
       {StreamingLlm{.local_window = 0}, "local_window: expected at least 1"},
+      {BlockCover{.gamma = 0}, "gamma: expected a number in (0, 1]"},
+      {BlockCover{.gamma = nan}, "gamma"},
+      {BlockCover{.column_share = 1.1f}, "column_share: expected a number in [0, 1]"},
+      {BlockCover{.column_share = nan}, "column_share"},
+      {BlockCover{.max_budget = -1}, "max_budget: expected at least 0 tokens"},
   };
   for (const auto& [bad, expected] : patterns) {
     const Pattern& pattern = bad;  // clang 14 lets no lambda capture a structured binding

@@ -79,8 +79,23 @@ struct MInference {
   std::span<const MInferenceHead> heads;  // [h_q], borrowed for the call
 };
 
+// A cover of blocks for each query block, from a map of the whole head, and columns for the last
+// queries; docs/block_cover.md derives it. The map estimates the mass of every causal pair of
+// blocks from the means of 32 queries and of 32 keys. A query block keeps block 0, itself and the
+// block before it, then its best blocks until they hold `gamma` of its map. The last queries ask
+// for more: of 128 of the last 512 rows the exact attention is known, a key block counts as the
+// largest mass that one of them has there, and the best blocks that hold `column_share` of all such
+// masses are kept for the query blocks from the first of these rows on.
+struct BlockCover {
+  float gamma = 0.9f;         // in (0, 1]; 1: dense
+  float column_share = 0.8f;  // in [0, 1]; 0: no columns, 1: all blocks
+  // Tokens that a query block keeps at most, in whole blocks, at least three: then gamma may be
+  // missed, which HeadAudit says. None: no limit.
+  std::optional<int64_t> max_budget = std::nullopt;
+};
+
 using Pattern = std::variant<Dense, FlexPrefill, VerticalSlash, StreamingLlm, XAttention,
-                             FlashPrefill, MInference>;
+                             FlashPrefill, MInference, BlockCover>;
 
 enum class HeadPattern : int32_t {
   kDense = 0,
@@ -88,21 +103,27 @@ enum class HeadPattern : int32_t {
   kQueryAware = 2,
   kStreaming = 3,
   kBlockSparse = 4,  // by a score for each block: XAttention, FlashPrefill, MInference
+  kBlockCover = 5,
 };
 
 // What was decided for one query head of one sequence.
 struct HeadAudit {
   HeadPattern pattern = HeadPattern::kDense;
   float jsd_sqrt = 0;           // distance between the two block estimates; 0 where not computed
-  int32_t vertical_blocks = 0;  // n_v, after clamping
+  int32_t vertical_blocks = 0;  // n_v, after clamping; BlockCover: columns of the last queries
   int32_t slash_blocks = 0;     // n_s, after clamping
-  float kept_mass = 1;          // share of the probe's attention mass in kept blocks
+  float kept_mass = 1;          // share in kept blocks of the attention mass of the probe, or of
+                                // BlockCover's asking rows
   float density = 1;            // kept causal blocks / causal blocks
+  // BlockCover: the least share of its map that a query block keeps, and the query blocks that keep
+  // less than gamma of it because of max_budget.
+  float least_row_mass = 1;
+  int32_t rows_below_gamma = 0;
 };
 
 // Fills `index`; `audit` is empty or [b * h_q], sequence-major.
 // Patterns with a probe leave two things dense: a sequence with s_q <= B, or with
-// s_kv <= max(2B, ceil(min_budget / B) * B); and a head whose probe meets a NaN (its output then
+// s_kv <= max(2B, ceil(min_budget / B) * B); and a head whose scores meet a NaN (its output then
 // has NaN where dense attention has it). input.v is not looked at. Throws Error before anything is
 // written. Allocates only `index`; on a CUDA backend also host memory for a bit per block, and it
 // waits for the stream: it cannot be captured in a CUDA graph.

@@ -1,6 +1,6 @@
-// The decisions of the patterns that score each block of a row by itself: XAttention, FlashPrefill
-// and the block-sparse heads of MInference. Like pattern.h: plain code over pointers, for the host
-// and for a device, shared by all backends.
+// The decisions of the patterns that score each block of a row by itself: XAttention, FlashPrefill,
+// BlockCover and the block-sparse heads of MInference. Like pattern.h: plain code over pointers,
+// for the host and for a device, shared by all backends.
 //
 // scores [i + 1]: key blocks 0 .. i of query block i (absolute numbers), >= 0 without NaN.
 // row [ceil(n / 64)]: the row's bits, which are overwritten. n: key blocks of the sequence.
@@ -25,6 +25,28 @@ FLEXPREFILL_HOST_DEVICE inline uint64_t mass_to_reach(float threshold, uint64_t 
       std::ceil(static_cast<double>(threshold) * static_cast<double>(total)));
 }
 
+FLEXPREFILL_HOST_DEVICE inline uint64_t sum_of_masses(const float* scores, int64_t size) {
+  uint64_t sum = 0;
+  for (int64_t j = 0; j < size; ++j) sum += fixed_mass(scores[j]);
+  return sum;
+}
+
+// Adds to the row's bits, where blocks that weigh `have` are kept already, the largest of blocks
+// begin .. end - 1 until all together reach `wanted`; ties to the lower index.
+FLEXPREFILL_HOST_DEVICE inline void add_reaching(const float* scores, int64_t begin, int64_t end,
+                                                 uint64_t have, uint64_t wanted,
+                                                 Histogram* histogram, uint64_t* row) {
+  if (have >= wanted) return;
+  // Those whose running sum stays below what is left to reach, and the one that reaches it: the
+  // next of the value at which the walk stopped.
+  Taken taken =
+      take_largest(scores + begin, end - begin, Weight::kMass, wanted - have - 1, histogram);
+  ++taken.ties;
+  for (int64_t j = begin; j < end; ++j) {
+    if (taken.takes(scores[j])) set_bit(row, j);
+  }
+}
+
 // XAttention: blocks 0 and i, then the largest until their sum reaches `threshold` of the row's;
 // ties to the lower index. Scores sum to about 1.
 FLEXPREFILL_HOST_DEVICE inline void keep_reaching(const float* scores, int64_t i, int64_t n,
@@ -34,18 +56,9 @@ FLEXPREFILL_HOST_DEVICE inline void keep_reaching(const float* scores, int64_t i
   clear_row(n, row);
   set_bit(row, 0);
   set_bit(row, i);
-  uint64_t total = 0;
-  for (int64_t j = 0; j <= i; ++j) total += fixed_mass(scores[j]);
-  const uint64_t wanted = mass_to_reach(threshold, total);
+  const uint64_t wanted = mass_to_reach(threshold, sum_of_masses(scores, i + 1));
   const uint64_t have = fixed_mass(scores[0]) + (i > 0 ? fixed_mass(scores[i]) : 0);
-  if (have >= wanted) return;
-  // Those whose running sum stays below what is left to reach, and the one that reaches it: the
-  // next of the value at which the walk stopped.
-  Taken taken = take_largest(scores + 1, i - 1, Weight::kMass, wanted - have - 1, histogram);
-  ++taken.ties;
-  for (int64_t j = 1; j < i; ++j) {
-    if (taken.takes(scores[j])) set_bit(row, j);
-  }
+  add_reaching(scores, 1, i, have, wanted, histogram, row);
 }
 
 // FlashPrefill's options in blocks of one sequence.
@@ -96,6 +109,151 @@ FLEXPREFILL_HOST_DEVICE inline void keep_best(const float* scores, int64_t i, in
   for (int64_t j = 0; j < i; ++j) {
     if (taken.takes(scores[j])) set_bit(row, j);
   }
+}
+
+// ---- BlockCover -------------------------------------------------------------------------------
+
+// What are no options: figures in docs/block_cover.md.
+constexpr int64_t kCoverPool = 32;         // tokens of a mean, of queries and of keys
+constexpr int64_t kCoverAskingRows = 128;  // whose attention is known exactly
+constexpr int64_t kCoverAskingSpan = 512;  // the last rows, among which those are
+constexpr int64_t kCoverLeastBlocks = 3;   // always kept: 0, i - 1 and i
+
+// The rows of a call that ask for columns: the last one, and others before it at even distances.
+struct AskingRows {
+  int64_t s_q = 0;
+  int64_t span = 0;
+  int64_t count = 0;
+
+  FLEXPREFILL_HOST_DEVICE explicit AskingRows(int64_t rows)
+      : s_q(rows),
+        span(rows < kCoverAskingSpan ? rows : kCoverAskingSpan),
+        count(span < kCoverAskingRows ? span : kCoverAskingRows) {}
+  // The k-th of them, counted from the call's first row; ascending.
+  FLEXPREFILL_HOST_DEVICE int64_t row(int64_t k) const {
+    return s_q - 1 - (count - 1 - k) * span / count;
+  }
+};
+
+// BlockCover's options for blocks.
+struct BlockCoverRule {
+  float gamma = 0;
+  float column_share = 0;
+  int64_t most_blocks = 0;  // of a row
+};
+
+FLEXPREFILL_HOST_DEVICE inline BlockCoverRule block_cover_rule(const BlockCover& pattern,
+                                                               int64_t block_size) {
+  int64_t most = std::numeric_limits<int64_t>::max();
+  if (pattern.max_budget) {
+    most = clamp_blocks(whole_blocks(*pattern.max_budget, block_size), kCoverLeastBlocks, most);
+  }
+  return {pattern.gamma, pattern.column_share, most};
+}
+
+// Word w of what row i always keeps: blocks 0, i - 1 and i.
+FLEXPREFILL_HOST_DEVICE inline uint64_t always_word(int64_t i, int64_t w) {
+  return range_word(0, 1, w) | range_word(i > 0 ? i - 1 : 0, i + 1, w);
+}
+
+// The columns: the fewest blocks that hold `share` of all; ties to the lower index.
+//   most_asked  [n], the largest mass that an asking row has in each key block, in [0, 1]
+FLEXPREFILL_HOST_DEVICE inline void choose_columns(const float* most_asked, int64_t n, float share,
+                                                   Histogram* histogram, uint64_t* columns) {
+  if (share >= 1.0f) return write_dense_row(n, n - 1, columns);
+  clear_row(n, columns);
+  const uint64_t wanted = mass_to_reach(share, sum_of_masses(most_asked, n));
+  add_reaching(most_asked, 0, n, 0, wanted, histogram, columns);
+}
+
+// What a row of a map holds and what of it is kept, in units of fixed_mass.
+struct RowMass {
+  uint64_t total = 0;
+  uint64_t wanted = 0;  // gamma of it
+  uint64_t kept = 0;
+
+  FLEXPREFILL_HOST_DEVICE float share() const {
+    return static_cast<float>(static_cast<double>(kept) / static_cast<double>(total));
+  }
+};
+
+// Of the blocks that are set in `from` and not in `kept`, adds the `count` with the largest scores
+// to `kept`; ties to the lower index. scratch [n].
+FLEXPREFILL_HOST_DEVICE inline void add_best_of(const float* scores, int64_t n,
+                                                const uint64_t* from, int64_t count,
+                                                Histogram* histogram, float* scratch,
+                                                uint64_t* kept) {
+  int64_t size = 0;
+  for (int64_t j = 0; j < n; ++j) {
+    if (has_bit(from, j) && !has_bit(kept, j)) scratch[size++] = scores[j];
+  }
+  Taken taken =
+      take_largest(scratch, size, Weight::kCount, static_cast<uint64_t>(count), histogram);
+  size = 0;
+  for (int64_t j = 0; j < n; ++j) {
+    if (has_bit(from, j) && !has_bit(kept, j) && taken.takes(scratch[size++])) set_bit(kept, j);
+  }
+}
+
+FLEXPREFILL_HOST_DEVICE inline int64_t count_bits(const uint64_t* bits, int64_t n) {
+  int64_t count = 0;
+  for (int64_t w = 0; w < (n + 63) / 64; ++w) count += std::popcount(bits[w]);
+  return count;
+}
+
+// Takes a row down to `most` >= 3 blocks: what it always keeps, then columns, those first that are
+// asked for most, then the blocks with the largest scores; ties to the lower index.
+//   columns, most_asked  of the row's head, or nullptr where the row takes none
+//   scratch [n], words [2 * ceil(n / 64)]
+FLEXPREFILL_HOST_DEVICE inline void limit_row(const float* scores, int64_t i, int64_t n,
+                                              int64_t most, const uint64_t* columns,
+                                              const float* most_asked, Histogram* histogram,
+                                              float* scratch, uint64_t* words, uint64_t* row) {
+  if (count_bits(row, n) <= most) return;
+  const int64_t size = (n + 63) / 64;
+  uint64_t* kept = words;
+  uint64_t* asked = words + size;
+  for (int64_t w = 0; w < size; ++w) {
+    kept[w] = always_word(i, w);
+    asked[w] = columns != nullptr ? (row[w] & columns[w]) | kept[w] : kept[w];
+  }
+  int64_t left = most - count_bits(kept, n);
+  const int64_t columns_left = count_bits(asked, n) - count_bits(kept, n);
+  if (columns_left > left) {
+    add_best_of(most_asked, i + 1, asked, left, histogram, scratch, kept);
+  } else {
+    for (int64_t w = 0; w < size; ++w) kept[w] = asked[w];
+    add_best_of(scores, i + 1, row, left - columns_left, histogram, scratch, kept);
+  }
+  for (int64_t w = 0; w < size; ++w) row[w] = kept[w];
+}
+
+// Row i of a head: blocks 0, i - 1 and i, then the largest until their sum reaches gamma of the
+// row's, ties to the lower index; the columns before i, if given; no more blocks than the rule
+// says.
+//   scores [i + 1]  the row of the map, sums to about 1
+// For the other arguments see limit_row, which alone uses most_asked, scratch and words.
+FLEXPREFILL_HOST_DEVICE inline RowMass keep_cover(const float* scores, int64_t i, int64_t n,
+                                                  const BlockCoverRule& rule,
+                                                  const uint64_t* columns, const float* most_asked,
+                                                  Histogram* histogram, float* scratch,
+                                                  uint64_t* words, uint64_t* row) {
+  for (int64_t w = 0; w < (n + 63) / 64; ++w) row[w] = always_word(i, w);
+  RowMass mass;
+  mass.total = sum_of_masses(scores, i + 1);
+  mass.wanted = mass_to_reach(rule.gamma, mass.total);
+  uint64_t have = fixed_mass(scores[0]);
+  if (i > 0) have += fixed_mass(scores[i]);
+  if (i > 1) have += fixed_mass(scores[i - 1]);
+  if (i > 2) add_reaching(scores, 1, i - 1, have, mass.wanted, histogram, row);
+  for (int64_t w = 0; columns != nullptr && w < (n + 63) / 64; ++w) {
+    row[w] |= columns[w] & range_word(0, i + 1, w);
+  }
+  limit_row(scores, i, n, rule.most_blocks, columns, most_asked, histogram, scratch, words, row);
+  for (int64_t j = 0; j <= i; ++j) {
+    if (has_bit(row, j)) mass.kept += fixed_mass(scores[j]);
+  }
+  return mass;
 }
 
 // ---- Which rule a head follows ---------------------------------------------------------------

@@ -23,6 +23,7 @@
 #include "select/block_rules.h"
 #include "select/pattern.h"
 #include "select/select_blocks_cpu.h"
+#include "select/select_cover_cpu.h"
 #include "select/select_ops.h"
 #include "select/select_rows.h"
 
@@ -496,6 +497,9 @@ class Wave {
 
 void select_cpu(const Problem& problem, const Pattern& pattern, const Execution& execution,
                 Arena& arena, const BlockBits& bits, std::span<HeadAudit> audit) {
+  if (const auto* cover = std::get_if<BlockCover>(&pattern)) {
+    return select_cover_cpu(problem, *cover, execution, arena, bits, audit);
+  }
   const TileOps& tiles = tile_ops(execution.cpu_target, problem.dtype);
   const int workers = worker_count(execution);
   const Buffers buffers(arena, problem, pattern, tiles, workers);

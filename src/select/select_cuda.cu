@@ -304,6 +304,10 @@ struct Launches {
 
 void select_cuda(const DeviceProblem& device, const Problem& problem, const Pattern& pattern,
                  const Execution& execution, Arena& arena, uint64_t* bits, HeadAudit* audit) {
+  if (std::holds_alternative<BlockCover>(pattern)) {
+    throw Error(ErrorCode::kUnsupported,
+                "pattern: block_cover runs on the reference and cpu backends only so far");
+  }
   const bool hopper = overlaps_kernels() && execution.backend != Backend::kSm80;
   // A size query does not know whether an audit will be asked for, nor, without data, how aligned
   // it will be: enough for both.

@@ -35,6 +35,19 @@ struct SelectOps {
   // sums[key] = the kMaxLanes partial sums of each of n keys.
   void (*sum_lanes)(const float* partial, int n, float* sums);
 
+  // The softmax of each lane in blocks of keys, in two steps. First, for every `per_block` keys of
+  // the tile, max[block * stride + lane] and sum[...] of exp2(scale * s - max). The tile's last key
+  // counts `last_weight` times.
+  void (*block_stats)(const ScoreTile& tile, int per_block, float last_weight, int64_t stride,
+                      float* max, float* sum);
+  // Then from those of n blocks, [n, lanes], lanes <= kMaxShareLanes whole vectors: sum becomes
+  // each block's share of its lane's softmax, times weight[lane]; total[lane] is the lane's sum
+  // relative to its greatest max. Where that is not above 0 (or NaN) there is no softmax, and
+  // shares are 0. most: nullptr, or [n], the largest share of each block.
+  void (*block_shares)(const float* max, int64_t n, int lanes, const float* weight, float* sum,
+                       float* total, float* most);
+  static constexpr int kMaxShareLanes = 128;
+
   // sums[d] += n rows that lie `stride` bytes apart.
   void (*add_rows)(const std::byte* rows, int64_t stride, int64_t n, int d, DType dtype,
                    float* sums);

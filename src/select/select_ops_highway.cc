@@ -102,6 +102,76 @@ void sum_lanes(const float* partial, int n, float* sums) {
   }
 }
 
+template <bool kMasked, bool kWeighted>
+void block_stats_as(const ScoreTile& tile, int per_block, float last_weight, int64_t stride,
+                    float* max, float* sum) {
+  const F32 d;
+  for (int v = 0; v < tile.panel; v += kLanes) {
+    for (int begin = 0; begin < tile.n; begin += per_block) {
+      const int end = begin + per_block < tile.n ? begin + per_block : tile.n;
+      Vec top = hn::Set(d, TileOps::kNoMax);
+      for (int key = begin; key < end; ++key) top = hn::Max(top, logits<kMasked>(tile, key, v));
+      Vec total = hn::Zero(d);
+      for (int key = begin; key < end; ++key) {
+        Vec p = exp2(d, hn::Sub(logits<kMasked>(tile, key, v), top));
+        if constexpr (kWeighted) {
+          if (key == tile.n - 1) p = hn::Mul(p, hn::Set(d, last_weight));
+        }
+        total = hn::Add(total, p);
+      }
+      const int64_t at = begin / per_block * stride + v;
+      hn::StoreU(top, d, max + at);
+      hn::StoreU(total, d, sum + at);
+    }
+  }
+}
+
+void block_stats(const ScoreTile& tile, int per_block, float last_weight, int64_t stride,
+                 float* max, float* sum) {
+  const bool masked = tile.visible != nullptr, weighted = last_weight != 1.0f;
+  const auto run = masked ? (weighted ? block_stats_as<true, true> : block_stats_as<true, false>)
+                          : (weighted ? block_stats_as<false, true> : block_stats_as<false, false>);
+  run(tile, per_block, last_weight, stride, max, sum);
+}
+
+void block_shares(const float* max, int64_t n, int lanes, const float* weight, float* sum,
+                  float* total, float* most) {
+  const F32 d;
+  alignas(64) float top[SelectOps::kMaxShareLanes], factor[SelectOps::kMaxShareLanes];
+  for (int v = 0; v < lanes; v += kLanes) {
+    hn::Store(hn::Set(d, TileOps::kNoMax), d, top + v);
+    hn::StoreU(hn::Zero(d), d, total + v);
+  }
+  for (int64_t j = 0; j < n; ++j) {
+    for (int v = 0; v < lanes; v += kLanes) {
+      hn::Store(hn::Max(hn::Load(d, top + v), hn::LoadU(d, max + j * lanes + v)), d, top + v);
+    }
+  }
+  for (int64_t j = 0; j < n; ++j) {
+    for (int v = 0; v < lanes; v += kLanes) {
+      const int64_t at = j * lanes + v;
+      const Vec x = hn::Mul(hn::LoadU(d, sum + at),
+                            exp2(d, hn::Sub(hn::LoadU(d, max + at), hn::Load(d, top + v))));
+      hn::StoreU(x, d, sum + at);
+      hn::StoreU(hn::Add(hn::LoadU(d, total + v), x), d, total + v);
+    }
+  }
+  for (int v = 0; v < lanes; v += kLanes) {
+    const Vec all = hn::LoadU(d, total + v);
+    const Vec share = hn::Div(hn::LoadU(d, weight + v), all);
+    hn::Store(hn::IfThenElseZero(hn::Gt(all, hn::Zero(d)), share), d, factor + v);
+  }
+  for (int64_t j = 0; j < n; ++j) {
+    Vec largest = hn::Zero(d);
+    for (int v = 0; v < lanes; v += kLanes) {
+      const Vec x = hn::Mul(hn::LoadU(d, sum + j * lanes + v), hn::Load(d, factor + v));
+      hn::StoreU(x, d, sum + j * lanes + v);
+      largest = hn::Max(largest, x);
+    }
+    if (most != nullptr) most[j] = hn::GetLane(hn::MaxOfLanes(d, largest));
+  }
+}
+
 template <DType kType>
 void add_rows_as(const std::byte* rows, int64_t stride, int64_t n, int d, float* sums) {
   const Part part;
@@ -158,6 +228,8 @@ SelectOps select_ops_table() {
   return {.row_stats = row_stats,
           .masses = masses,
           .sum_lanes = sum_lanes,
+          .block_stats = block_stats,
+          .block_shares = block_shares,
           .add_rows = add_rows,
           .softmax_dots = softmax_dots};
 }

@@ -302,6 +302,103 @@ HeadAudit select_by_blocks(const Head& head, const Pattern& pattern, const HeadR
                     kept_mass(head, probe_scores(head, {}), rows), rows.density());
 }
 
+// ---- BlockCover: a map of the head from means, exact rows where the last queries are ----
+
+// X[k][j]: softmax mass of asking row k in key block j.
+std::vector<Vector> asking_masses(const Head& head, const AskingRows& asking) {
+  std::vector<Vector> keys, masses;
+  for (int64_t j = 0; j < head.lengths.s_kv; ++j) keys.push_back(head.k_row(j));
+  for (int64_t k = 0; k < asking.count; ++k) {
+    const int64_t position = head.lengths.s_kv - head.lengths.s_q + asking.row(k);
+    const Vector q = head.q_row(asking.row(k));
+    Vector p;
+    for (int64_t j = 0; j <= position; ++j) p.push_back(head.problem.scale * dot(q, keys[j]));
+    softmax(p, Vector(p.size(), 1.0));
+    masses.emplace_back(head.grid.n_kv, 0.0);
+    for (int64_t j = 0; j <= position; ++j) masses.back()[j / head.block_size] += p[j];
+  }
+  return masses;
+}
+
+// Means of the tokens [pool * kCoverPool, ...) of a side, and how many there are.
+struct Pool {
+  Vector mean;
+  double tokens = 0;
+};
+Pool pool_of(const Head& head, bool queries, int64_t pool) {
+  const int64_t first = queries ? head.lengths.s_kv - head.lengths.s_q : 0;
+  const int64_t begin = std::max(pool * kCoverPool, first);
+  const int64_t end = std::min((pool + 1) * kCoverPool, head.lengths.s_kv);
+  if (begin >= end) return {};
+  return {mean_row(head.problem, queries ? head.q : head.k, {begin - first, end - first}),
+          static_cast<double>(end - begin)};
+}
+
+// Row i of the map: of each pool of its queries the softmax over the pools of keys up to its own,
+// which count by their tokens; summed to blocks, the pools of queries by their tokens.
+Vector cover_map_row(const Head& head, const std::vector<Pool>& keys, int64_t i) {
+  const int64_t per_block = head.block_size / kCoverPool;
+  Vector row(i + 1, 0.0);
+  double tokens = 0;
+  for (int64_t a = i * per_block; a < (i + 1) * per_block; ++a) {
+    const Pool q = pool_of(head, true, a);
+    if (q.tokens == 0) continue;
+    Vector p, weights;
+    for (int64_t c = 0; c <= a; ++c) {
+      p.push_back(head.problem.scale * dot(q.mean, keys[c].mean));
+      weights.push_back(keys[c].tokens);
+    }
+    softmax(p, weights);
+    for (int64_t c = 0; c <= a; ++c) row[c / per_block] += q.tokens * p[c];
+    tokens += q.tokens;
+  }
+  for (double& x : row) x /= tokens;
+  return row;
+}
+
+HeadAudit select_block_cover(const Head& head, const BlockCover& pattern, const HeadRows& rows) {
+  const int64_t n = head.grid.n_kv, position = head.lengths.s_kv - head.lengths.s_q;
+  const AskingRows asking(head.lengths.s_q);
+  const std::vector<Vector> masses = asking_masses(head, asking);
+  std::vector<float> most_asked(n, 0.0f), scratch(n);
+  for (const Vector& row : masses) {
+    if (has_nan(row)) return keep_everything(rows);
+    for (int64_t j = 0; j < n; ++j) {
+      most_asked[j] = std::max(most_asked[j], static_cast<float>(row[j]));
+    }
+  }
+  std::vector<uint64_t> columns((n + 63) / 64), words(2 * columns.size());
+  Histogram histogram;
+  choose_columns(most_asked.data(), n, pattern.column_share, &histogram, columns.data());
+
+  const BlockCoverRule rule = block_cover_rule(pattern, head.block_size);
+  std::vector<Pool> keys;
+  for (int64_t c = 0; c * kCoverPool < head.lengths.s_kv; ++c) {
+    keys.push_back(pool_of(head, false, c));
+  }
+  HeadAudit audit{.pattern = HeadPattern::kBlockCover,
+                  .vertical_blocks = static_cast<int32_t>(count_bits(columns.data(), n))};
+  for (int64_t r = 0; r < head.grid.n_q; ++r) {
+    const int64_t i = head.grid.first_q_block + r;
+    const Vector map_row = cover_map_row(head, keys, i);
+    if (has_nan(map_row)) return keep_everything(rows);
+    const bool asks = i >= (position + asking.row(0)) / head.block_size;
+    const RowMass mass =
+        keep_cover(to_float(map_row).data(), i, n, rule, asks ? columns.data() : nullptr,
+                   most_asked.data(), &histogram, scratch.data(), words.data(), rows.row(r));
+    audit.least_row_mass = std::min(audit.least_row_mass, mass.share());
+    audit.rows_below_gamma += mass.kept < mass.wanted ? 1 : 0;
+  }
+  double kept = 0;
+  for (int64_t k = 0; k < asking.count; ++k) {
+    const uint64_t* row = rows.block_row((position + asking.row(k)) / head.block_size);
+    for (int64_t j = 0; j < n; ++j) kept += has_bit(row, j) ? masses[k][j] : 0;
+  }
+  audit.kept_mass = static_cast<float>(kept / static_cast<double>(asking.count));
+  audit.density = rows.density();
+  return audit;
+}
+
 // MInference's a-shape: a window in whole blocks.
 HeadAudit select_a_shape(const Head& head, const StreamingLlm& window, const HeadRows& rows,
                          bool audited) {
@@ -333,6 +430,8 @@ void select_reference(const Problem& problem, const Pattern& pattern, const Exec
         result = keep_everything(rows);
       } else if (const auto* flex = std::get_if<FlexPrefill>(&pattern)) {
         result = select_flex_prefill(head, *flex, rows);
+      } else if (const auto* cover = std::get_if<BlockCover>(&pattern)) {
+        result = select_block_cover(head, *cover, rows);
       } else if (by_probe(pattern, h)) {
         result = select_vertical_slash(head, fixed_sizes(pattern, h), rows);
       } else if (by_block_scores(pattern, h)) {

@@ -53,12 +53,14 @@ inline double key_share(int64_t s_kv, int64_t block_size, int64_t j) {
          static_cast<double>(block_size);
 }
 
-// Sequences that are too short to gain: the probe would cost as much, or the budget is everything.
+// Sequences that are too short to gain: the probe would cost as much, or the budget is everything;
+// and a cover of everything.
 // A window is exact at any length, so StreamingLlm has no such sequences.
 inline bool stays_dense(SequenceLengths lengths, int64_t block_size, const Pattern& pattern) {
   if (std::holds_alternative<Dense>(pattern)) return true;
   if (std::holds_alternative<StreamingLlm>(pattern)) return false;
   if (lengths.s_q <= block_size || lengths.s_kv <= 2 * block_size) return true;
+  if (const auto* cover = std::get_if<BlockCover>(&pattern)) return cover->gamma >= 1;
   const auto* flex = std::get_if<FlexPrefill>(&pattern);
   return flex != nullptr &&
          whole_blocks(lengths.s_kv, block_size) <= whole_blocks(flex->min_budget, block_size);

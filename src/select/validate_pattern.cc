@@ -73,6 +73,11 @@ struct PatternCheck {
                      name + "slash_size");
     }
   }
+  void operator()(const BlockCover& p) const {
+    check_unit(p.gamma, "gamma", false);
+    check_unit(p.column_share, "column_share", true);
+    if (p.max_budget) check_at_least(*p.max_budget, 0, "max_budget");
+  }
 };
 
 }  // namespace

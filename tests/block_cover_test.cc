@@ -1,0 +1,605 @@
+// BlockCover: its decisions against sorts, and every backend and CPU target against plain loops in
+// double precision.
+//
+// As in select_oracle.h, an implementation whose scores are off by what fp32 rounding can do may
+// decide differently at a threshold and nowhere else: for every block the oracle says whether it
+// must be kept, and whether it may.
+#include <gtest/gtest.h>
+#include <oneapi/tbb/global_control.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <optional>
+#include <random>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "case_table.h"
+#include "select/block_rules.h"
+#include "select_oracle.h"
+#include "selection.h"
+#include "test_executions.h"
+
+namespace flexprefill::testing {
+namespace {
+
+// ---- Decisions from given scores --------------------------------------------------------------
+
+std::vector<float> random_shares(std::mt19937& random, int64_t size) {
+  std::normal_distribution<double> normal;
+  std::vector<double> wide(size);
+  for (double& x : wide) {
+    const uint32_t kind = random() % 10;
+    x = kind == 0 ? 0 : kind < 4 ? 0.01 : std::exp(3 * normal(random));  // zeros and ties
+  }
+  const double sum = std::accumulate(wide.begin(), wide.end(), 1e-30);
+  std::vector<float> shares;
+  for (const double x : wide) shares.push_back(static_cast<float>(x / sum));
+  return shares;
+}
+
+int64_t mass_of(float x) { return std::llround(std::ldexp(static_cast<double>(x), 40)); }
+
+// Blocks in the order of a rule: largest score first, ties by index.
+std::vector<int64_t> by_score(const std::vector<float>& scores, const std::set<int64_t>& blocks) {
+  std::vector<int64_t> order(blocks.begin(), blocks.end());
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return scores[a] > scores[b]; });
+  return order;
+}
+
+// Adds the largest of `blocks` to `kept` until all of kept reach `share` of all scores.
+void cover_by_sort(const std::vector<float>& scores, double share, const std::set<int64_t>& blocks,
+                   std::set<int64_t>& kept) {
+  int64_t total = 0, sum = 0;
+  for (const float x : scores) total += mass_of(x);
+  for (const int64_t j : kept) sum += mass_of(scores[j]);
+  for (const int64_t j : by_score(scores, blocks)) {
+    if (static_cast<double>(sum) >= share * static_cast<double>(total)) return;
+    if (kept.insert(j).second) sum += mass_of(scores[j]);
+  }
+}
+
+struct RowBySort {
+  std::set<int64_t> kept, columns;
+};
+
+RowBySort row_by_sort(const std::vector<float>& scores, const BlockCoverRule& rule, bool asks,
+                      const std::vector<float>& most_asked) {
+  const auto i = static_cast<int64_t>(scores.size()) - 1;
+  const auto n = static_cast<int64_t>(most_asked.size());
+  std::set<int64_t> row_blocks, all;
+  for (int64_t j = 0; j < n; ++j) all.insert(j);
+  for (int64_t j = 0; j <= i; ++j) row_blocks.insert(j);
+  const std::set<int64_t> always{0, std::max<int64_t>(i - 1, 0), i};
+  RowBySort out;
+  cover_by_sort(most_asked, static_cast<double>(rule.column_share), all, out.columns);
+  out.kept = always;
+  cover_by_sort(scores, static_cast<double>(rule.gamma), row_blocks, out.kept);
+  std::set<int64_t> asked;
+  for (const int64_t j : out.columns) {
+    if (asks && j <= i) asked.insert(j);
+  }
+  const std::set<int64_t> cover = out.kept;
+  out.kept.insert(asked.begin(), asked.end());
+  if (static_cast<int64_t>(out.kept.size()) <= rule.most_blocks) return out;
+  out.kept = always;
+  for (const auto& order : {by_score(most_asked, asked), by_score(scores, cover)}) {
+    for (const int64_t j : order) {
+      if (static_cast<int64_t>(out.kept.size()) < rule.most_blocks) out.kept.insert(j);
+    }
+  }
+  return out;
+}
+
+TEST(BlockCoverRow, AgreesWithSorts) {
+  std::mt19937 random(3);
+  Histogram histogram;
+  for (const int64_t n : {3, 4, 17, 64, 65, 200}) {
+    std::vector<float> scratch(n);
+    const int64_t size = (n + 63) / 64;
+    std::vector<uint64_t> columns(size), words(2 * size), row(size);
+    for (int trial = 0; trial < 200; ++trial) {
+      const int64_t i = static_cast<int64_t>(random() % static_cast<uint32_t>(n));
+      const std::vector<float> scores = random_shares(random, i + 1);
+      const std::vector<float> most_asked = random_shares(random, n);
+      const float gammas[] = {0.01f, 0.5f, 0.9f, 0.999f}, shares[] = {0, 0.3f, 0.8f, 0.99f};
+      BlockCoverRule rule{gammas[random() % 4], shares[random() % 4],
+                          std::numeric_limits<int64_t>::max()};
+      if (trial % 2 == 0) rule.most_blocks = 3 + static_cast<int64_t>(random() % 12);
+      const bool asks = trial % 3 != 0;
+      const RowBySort want = row_by_sort(scores, rule, asks, most_asked);
+
+      std::fill(columns.begin(), columns.end(), ~uint64_t{0});
+      std::fill(row.begin(), row.end(), ~uint64_t{0});
+      choose_columns(most_asked.data(), n, rule.column_share, &histogram, columns.data());
+      const RowMass mass =
+          keep_cover(scores.data(), i, n, rule, asks ? columns.data() : nullptr, most_asked.data(),
+                     &histogram, scratch.data(), words.data(), row.data());
+      int64_t total = 0, kept = 0;
+      for (int64_t j = 0; j < 64 * size; ++j) {
+        ASSERT_EQ(has_bit(columns.data(), j), want.columns.contains(j)) << "column " << j;
+        ASSERT_EQ(has_bit(row.data(), j), want.kept.contains(j)) << "row " << i << " block " << j;
+        if (j <= i) total += mass_of(scores[j]);
+        if (want.kept.contains(j)) kept += mass_of(scores[j]);
+      }
+      EXPECT_EQ(static_cast<int64_t>(mass.total), total);
+      EXPECT_EQ(static_cast<int64_t>(mass.kept), kept);
+      if (rule.most_blocks > n) {
+        EXPECT_GE(mass.kept, mass.wanted);
+      }
+    }
+  }
+}
+
+TEST(BlockCoverRow, AShareOfOneIsEveryColumn) {
+  Histogram histogram;
+  const std::vector<float> most_asked{0.5f, 0, 0.25f};
+  uint64_t columns = 0;
+  choose_columns(most_asked.data(), 3, 1.0f, &histogram, &columns);
+  EXPECT_EQ(columns, 0b111);
+  choose_columns(most_asked.data(), 3, 0.0f, &histogram, &columns);
+  EXPECT_EQ(columns, 0);
+}
+
+TEST(BlockCoverRule, BudgetsAreAtLeastThreeWholeBlocks) {
+  const auto most = [](std::optional<int64_t> budget) {
+    return block_cover_rule({.max_budget = budget}, 128).most_blocks;
+  };
+  constexpr int64_t kLargest = std::numeric_limits<int64_t>::max();
+  EXPECT_EQ(most({}), kLargest);
+  EXPECT_EQ(most(0), 3);
+  EXPECT_EQ(most(384), 3);
+  EXPECT_EQ(most(385), 4);
+  EXPECT_EQ(most(kLargest), whole_blocks(kLargest, 128));
+}
+
+TEST(AskingRows, AreSpreadOverTheLastRows) {
+  const AskingRows few(77), some(300), many(100000);
+  EXPECT_EQ(few.count, 77);
+  EXPECT_EQ(some.count, 128);
+  EXPECT_EQ(many.count, 128);
+  for (const AskingRows& rows : {few, some, many}) {
+    EXPECT_EQ(rows.row(rows.count - 1), rows.s_q - 1);
+    EXPECT_GE(rows.row(0), rows.s_q - 512);
+    for (int64_t k = 1; k < rows.count; ++k) EXPECT_GT(rows.row(k), rows.row(k - 1));
+  }
+  EXPECT_EQ(many.row(0), 100000 - 1 - 508);
+  EXPECT_EQ(few.row(0), 0);
+  EXPECT_LT(some.row(0), 3);
+}
+
+// ---- Scores of every backend ------------------------------------------------------------------
+
+class CoverOracle {
+ public:
+  CoverOracle(const CaseData& data, int64_t s, int32_t h) : data_(data), s_(s), h_(h) {
+    const Case& c = data.c;
+    kv_ = c.gqa_interleave ? h % c.h_kv : h / (c.h_q / c.h_kv);
+    lengths_ = data.lengths[s];
+    grid = block_grid(lengths_, c.block_size);
+    block_ = c.block_size;
+    offset_ = lengths_.s_kv - lengths_.s_q;
+    scale_ = data.input.softmax_scale.value_or(1 / std::sqrt(static_cast<float>(c.d_qk)));
+    ask();
+    make_map();
+  }
+
+  BlockGrid grid;
+  double slack = 4e-6;         // relative error of a score
+  std::vector<Numbers> exact;  // [asking rows][n]
+  std::vector<int64_t> asking_block;
+  std::vector<Numbers> map;  // [n_q][n]
+
+  // What a row without max_budget must and may keep.
+  std::pair<Flags, Flags> decide(const BlockCover& pattern) const {
+    Flags must(grid.n_q, std::vector<bool>(grid.n_kv)), may = must;
+    Numbers most(grid.n_kv, 0.0);
+    for (const Numbers& row : exact) {
+      for (int64_t j = 0; j < grid.n_kv; ++j) most[j] = std::max(most[j], row[j]);
+    }
+    std::vector<bool> must_column(grid.n_kv), may_column(grid.n_kv), none(grid.n_kv);
+    cover(most, none, pattern.column_share, must_column, may_column);
+    for (int64_t r = 0; r < grid.n_q; ++r) {
+      const int64_t i = grid.first_q_block + r;
+      std::vector<bool> always(i + 1);
+      always[0] = always[i] = always[std::max<int64_t>(i - 1, 0)] = true;
+      cover(Numbers(map[r].begin(), map[r].begin() + i + 1), always, pattern.gamma, must[r],
+            may[r]);
+      for (int64_t j = 0; i >= asking_block[0] && j <= i; ++j) {
+        must[r][j] = must[r][j] || must_column[j];
+        may[r][j] = may[r][j] || may_column[j];
+      }
+    }
+    return {must, may};
+  }
+
+ private:
+  Numbers row_of(bool query, int64_t i) const {
+    Numbers row;
+    for (int32_t c = 0; c < data_.c.d_qk; ++c) {
+      row.push_back(query ? data_.q(s_, i, h_, c) : data_.k(s_, i, kv_, c));
+    }
+    return row;
+  }
+  // An error of a logit is a relative error of its exponential.
+  double logit(const Numbers& a, const Numbers& b) {
+    double sum = 0, size = 0;
+    for (size_t c = 0; c < a.size(); ++c) {
+      sum += a[c] * b[c];
+      size += std::abs(a[c] * b[c]);
+    }
+    slack = std::max(slack, 4e-7 * std::abs(scale_) * size);
+    return scale_ * sum;
+  }
+  static void softmax(Numbers& x, const Numbers& weights) {
+    const double max = *std::max_element(x.begin(), x.end());
+    double sum = 0;
+    for (size_t e = 0; e < x.size(); ++e) sum += x[e] = weights[e] * std::exp(x[e] - max);
+    for (double& value : x) value /= sum;
+  }
+
+  void ask() {
+    const int64_t span = std::min<int64_t>(512, lengths_.s_q), rows = std::min<int64_t>(128, span);
+    std::vector<Numbers> keys;
+    for (int64_t j = 0; j < lengths_.s_kv; ++j) keys.push_back(row_of(false, j));
+    for (int64_t k = 0; k < rows; ++k) {
+      const int64_t i = lengths_.s_q - 1 - (rows - 1 - k) * span / rows;
+      const Numbers q = row_of(true, i);
+      Numbers p, mass(grid.n_kv, 0.0);
+      for (int64_t j = 0; j <= offset_ + i; ++j) p.push_back(logit(q, keys[j]));
+      softmax(p, Numbers(p.size(), 1.0));
+      for (size_t j = 0; j < p.size(); ++j) mass[j / block_] += p[j];
+      exact.push_back(mass);
+      asking_block.push_back((offset_ + i) / block_);
+    }
+  }
+
+  // Sums of rows of 32 tokens; the mean of those that exist, and their number.
+  std::pair<Numbers, double> pool(bool query, int64_t number) {
+    Numbers mean(data_.c.d_qk, 0.0);
+    double count = 0;
+    for (int64_t p = 32 * number; p < 32 * (number + 1) && p < lengths_.s_kv; ++p) {
+      if (query && p < offset_) continue;
+      const Numbers row = row_of(query, query ? p - offset_ : p);
+      for (size_t c = 0; c < row.size(); ++c) mean[c] += row[c];
+      count += 1;
+    }
+    for (double& x : mean) x /= std::max(count, 1.0);
+    return {mean, count};
+  }
+
+  void make_map() {
+    std::vector<std::pair<Numbers, double>> keys;
+    for (int64_t c = 0; 32 * c < lengths_.s_kv; ++c) keys.push_back(pool(false, c));
+    map.assign(grid.n_q, Numbers(grid.n_kv, 0.0));
+    Numbers tokens(grid.n_q, 0.0);
+    for (int64_t a = offset_ / 32; 32 * a < lengths_.s_kv; ++a) {
+      const auto [q, count] = pool(true, a);
+      Numbers p, weights;
+      for (int64_t c = 0; c <= a; ++c) {
+        p.push_back(logit(q, keys[c].first));
+        weights.push_back(keys[c].second);
+      }
+      softmax(p, weights);
+      const int64_t r = 32 * a / block_ - grid.first_q_block;
+      for (int64_t c = 0; c <= a; ++c) map[r][32 * c / block_] += count * p[c];
+      tokens[r] += count;
+    }
+    for (int64_t r = 0; r < grid.n_q; ++r) {
+      for (double& x : map[r]) x /= tokens[r];
+    }
+  }
+
+  // What is always kept, then the best until they hold `share` of x.
+  void cover(const Numbers& x, const std::vector<bool>& always, double share,
+             std::vector<bool>& must, std::vector<bool>& may) const {
+    std::vector<size_t> order;
+    double total = 0, sum = 0;
+    for (size_t j = 0; j < x.size(); ++j) {
+      total += x[j];
+      if (always[j]) sum += x[j];
+      if (!always[j]) order.push_back(j);
+    }
+    std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return x[a] > x[b]; });
+    // The smallest value that may be kept, and the largest that may be left out.
+    double least = std::numeric_limits<double>::infinity(), left = -1;
+    for (const size_t j : order) {
+      if (sum < (share + slack) * total && share > 0) least = x[j];
+      if (sum >= (share - slack) * total && left < 0) left = x[j];
+      sum += x[j];
+    }
+    for (size_t j = 0; j < x.size(); ++j) {
+      must[j] = always[j] || share >= 1 || x[j] * (1 - slack) > left * (1 + slack);
+      may[j] = always[j] || share >= 1 || x[j] * (1 + slack) >= least * (1 - slack);
+    }
+  }
+
+  const CaseData& data_;
+  int64_t s_;
+  int32_t h_;
+  int32_t kv_ = 0;
+  SequenceLengths lengths_;
+  int64_t block_ = 0, offset_ = 0;
+  double scale_ = 1;
+};
+
+bool stays_short(SequenceLengths lengths, const Case& c) {
+  return lengths.s_q <= c.block_size || lengths.s_kv <= 2 * c.block_size;
+}
+
+// Rows before those that ask; several tasks, panels and tiles of means; chunks that start inside a
+// block and inside a mean; pages.
+std::vector<Case> cover_cases() {
+  std::vector<Case> cases = all_cases();
+  cases.push_back({.name = "longer",
+                   .lengths = {{1500, 1733}},
+                   .d_qk = 32,
+                   .d_v = 16,
+                   .block_size = 128,
+                   .fill = Fill::kStructured,
+                   .seed = 91});
+  cases.push_back({.name = "longer_paged",
+                   .lengths = {{701, 1100}, {200, 1301}},
+                   .h_q = 2,
+                   .h_kv = 2,
+                   .d_qk = 16,
+                   .d_v = 16,
+                   .dtype = DType::kBFloat16,
+                   .block_size = 64,
+                   .layout = Layout::kPaged,
+                   .seed = 92});
+  cases.push_back({.name = "many_blocks",
+                   .lengths = {{1400, 1403}},
+                   .h_q = 1,
+                   .h_kv = 1,
+                   .d_qk = 16,
+                   .d_v = 16,
+                   .block_size = 32,
+                   .fill = Fill::kStructured,
+                   .seed = 93});
+  cases.push_back({.name = "many_blocks_of_a_chunk",  // several tiles of means
+                   .lengths = {{2300, 4901}},
+                   .h_q = 2,
+                   .h_kv = 1,
+                   .d_qk = 24,
+                   .d_v = 16,
+                   .dtype = DType::kBFloat16,
+                   .block_size = 32,
+                   .fill = Fill::kStructured,
+                   .seed = 94});
+  cases.push_back({.name = "ends_with_one_token",
+                   .lengths = {{800, 1025}, {800, 1025}},
+                   .h_q = 4,
+                   .h_kv = 2,
+                   .d_qk = 16,
+                   .d_v = 16,
+                   .dtype = DType::kFloat16,
+                   .block_size = 128,
+                   .gqa_interleave = true,
+                   .seed = 95});
+  return cases;
+}
+
+class BlockCoverCase : public ::testing::TestWithParam<Case> {};
+
+TEST_P(BlockCoverCase, KeepsWhatTheOracleSays) {
+  const CaseData data(GetParam());
+  const int64_t block = data.c.block_size;
+  const std::vector<BlockCover> patterns{
+      {},
+      {.gamma = 0.5f, .column_share = 0},
+      {.gamma = 0.05f, .column_share = 0.95f},
+      {.gamma = 0.97f, .column_share = 1},
+      {.gamma = 0.9f, .column_share = 0.6f, .max_budget = 4 * block},
+      {.gamma = 0.8f, .column_share = 0.8f, .max_budget = 0}};
+  const std::vector<Execution> all = host_executions();
+  std::vector<std::vector<Selection>> selections;  // [execution][pattern]
+  for (const Execution& execution : all) {
+    selections.emplace_back();
+    for (const BlockCover& pattern : patterns) {
+      selections.back().push_back(run(data, pattern, execution));
+    }
+  }
+  int64_t blocks = 0, undecided = 0;
+  for (int64_t s = 0; s < static_cast<int64_t>(data.lengths.size()); ++s) {
+    for (int32_t h = 0; h < data.c.h_q; ++h) {
+      if (stays_short(data.lengths[s], data.c)) {
+        for (const auto& of_execution : selections) {
+          for (const Selection& got : of_execution) {
+            EXPECT_TRUE(got.is_dense(s, h));
+            EXPECT_EQ(got.head(s, h).pattern, HeadPattern::kDense);
+          }
+        }
+        continue;
+      }
+      const CoverOracle oracle(data, s, h);
+      for (size_t p = 0; p < patterns.size(); ++p) {
+        const BlockCover& pattern = patterns[p];
+        const auto [must, may] = oracle.decide(pattern);
+        const int64_t most = pattern.max_budget ? std::max<int64_t>(3, *pattern.max_budget / block)
+                                                : std::numeric_limits<int64_t>::max();
+        for (size_t e = 0; e < selections.size(); ++e) {
+          SCOPED_TRACE(execution_name(all[e]) + " sequence " + std::to_string(s) + " head " +
+                       std::to_string(h) + " pattern " + std::to_string(p));
+          const Selection& got = selections[e][p];
+          double least = 1;
+          int64_t surely_below = 0, maybe_below = 0;
+          for (int64_t r = 0; r < oracle.grid.n_q; ++r) {
+            const int64_t i = oracle.grid.first_q_block + r;
+            int64_t count = 0, least_count = 0, most_count = 0;
+            double kept = 0;
+            for (int64_t j = 0; j < oracle.grid.n_kv; ++j) {
+              const bool keeps = got.keeps(s, h, r, j);
+              count += keeps;
+              least_count += must[r][j];
+              most_count += may[r][j];
+              kept += keeps ? oracle.map[r][j] : 0;
+              if (!pattern.max_budget) {
+                ASSERT_TRUE(keeps || !must[r][j]) << "left out: row " << r << " block " << j;
+              }
+              ASSERT_TRUE(!keeps || may[r][j]) << "kept: row " << r << " block " << j;
+            }
+            ASSERT_LE(count, std::min(most, most_count));
+            ASSERT_GE(count, std::min(most, least_count));
+            ASSERT_TRUE(got.keeps(s, h, r, 0) && got.keeps(s, h, r, i) &&
+                        got.keeps(s, h, r, std::max<int64_t>(i - 1, 0)));
+            least = std::min(least, kept);
+            surely_below += kept < pattern.gamma - oracle.slack;
+            maybe_below += kept < pattern.gamma + oracle.slack;
+          }
+          const HeadAudit& audit = got.head(s, h);
+          EXPECT_EQ(audit.pattern, HeadPattern::kBlockCover);
+          EXPECT_NEAR(audit.least_row_mass, least, 1e-5 + oracle.slack);
+          EXPECT_GE(audit.rows_below_gamma, surely_below);
+          EXPECT_LE(audit.rows_below_gamma, pattern.max_budget ? maybe_below : 0);
+          double mass = 0;
+          for (size_t k = 0; k < oracle.exact.size(); ++k) {
+            for (int64_t j = 0; j < oracle.grid.n_kv; ++j) {
+              const int64_t r = oracle.asking_block[k] - oracle.grid.first_q_block;
+              if (got.keeps(s, h, r, j)) mass += oracle.exact[k][j];
+            }
+          }
+          EXPECT_NEAR(audit.kept_mass, mass / static_cast<double>(oracle.exact.size()),
+                      1e-5 + oracle.slack);
+          EXPECT_FLOAT_EQ(audit.density, static_cast<float>(got.kept(s, h)) /
+                                             static_cast<float>(causal_blocks(oracle.grid)));
+        }
+        for (size_t r = 0; r < must.size(); ++r) {
+          for (size_t j = 0; j < must[r].size(); ++j) {
+            ++blocks;
+            undecided += may[r][j] && !must[r][j];
+          }
+        }
+      }
+    }
+  }
+  // The oracle is worth something, but where scores tie by design.
+  if (data.c.fill != Fill::kEqual && data.c.fill != Fill::kZeroMass) {
+    EXPECT_LE(undecided, 2 + blocks / 20);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(CaseTable, BlockCoverCase, ::testing::ValuesIn(cover_cases()),
+                         [](const auto& param_info) { return param_info.param.name; });
+
+class BlockCoverOn : public ::testing::TestWithParam<Execution> {};
+
+Case medium_case() {
+  return {.name = "medium",
+          .lengths = {{900, 1200}, {900, 1200}},
+          .h_q = 4,
+          .h_kv = 2,
+          .d_qk = 32,
+          .d_v = 32,
+          .block_size = 64,
+          .fill = Fill::kStructured,
+          .seed = 5};
+}
+
+TEST_P(BlockCoverOn, SameBitsForAnyNumberOfThreads) {
+  if (GetParam().backend == Backend::kReference) GTEST_SKIP() << "one thread";
+  namespace tbb = oneapi::tbb;
+  const tbb::global_control allow(tbb::global_control::max_allowed_parallelism, 8);
+  const CaseData data(medium_case());
+  for (const BlockCover& pattern : {BlockCover{}, BlockCover{.gamma = 0.99f, .max_budget = 320}}) {
+    Execution execution = GetParam();
+    execution.num_threads = 1;
+    const Selection one = run(data, pattern, execution);
+    for (const int32_t threads : {2, 3, 8}) {
+      execution.num_threads = threads;
+      expect_equal(one, run(data, pattern, execution));
+    }
+  }
+}
+
+TEST_P(BlockCoverOn, TheAuditChangesNothing) {
+  const CaseData data(medium_case());
+  const Selection audited = run(data, BlockCover{}, GetParam());
+  WorkspaceBuffer buffer;
+  BlockIndex index;
+  select(data.input, BlockCover{}, GetParam(),
+         buffer.reserve(select_workspace_size(data.input, BlockCover{}, GetParam())), index);
+  EXPECT_EQ(index.indptr, audited.index.indptr);
+  EXPECT_EQ(index.indices, audited.index.indices);
+}
+
+TEST_P(BlockCoverOn, ANaNKeepsItsHeadsDenseAndNoOther) {
+  for (const float bad :
+       {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+    CaseData key(medium_case());
+    const Selection clean = run(key, BlockCover{}, GetParam());
+    key.set_k(0, 333, 1, 0, bad);
+    const Selection got = run(key, BlockCover{}, GetParam());
+    for (const int32_t h : {0, 1}) EXPECT_EQ(got.kept(0, h), clean.kept(0, h));
+    for (const int32_t h : {2, 3}) {
+      EXPECT_TRUE(got.is_dense(0, h)) << "head " << h;
+      EXPECT_EQ(got.head(0, h).pattern, HeadPattern::kDense);
+    }
+    for (const int32_t h : {0, 1, 2, 3}) EXPECT_EQ(got.kept(1, h), clean.kept(1, h));
+    for (const int64_t i : {100, 899}) {  // before the rows that ask, and among them
+      CaseData query(medium_case());
+      query.set_q(0, i, 0, 0, bad);
+      const Selection map = run(query, BlockCover{}, GetParam());
+      EXPECT_TRUE(map.is_dense(0, 0));
+      EXPECT_EQ(map.head(0, 0).pattern, HeadPattern::kDense);
+      for (const int32_t h : {1, 2, 3}) EXPECT_EQ(map.kept(0, h), clean.kept(0, h));
+    }
+  }
+}
+
+TEST_P(BlockCoverOn, EqualScoresGoToTheLowerIndex) {
+  CaseData data(Case{.name = "equal",
+                     .lengths = {{1024, 1024}},
+                     .h_q = 1,
+                     .h_kv = 1,
+                     .d_qk = 16,
+                     .d_v = 16,
+                     .block_size = 64,
+                     .fill = Fill::kEqual});
+  for (int64_t i = 0; i < 1024; ++i) {
+    for (int32_t c = 0; c < 16; ++c) data.set_q(0, i, 0, c, 0);  // every logit is exactly 0
+  }
+  const Selection got = run(data, BlockCover{.gamma = 0.5f, .column_share = 0}, GetParam());
+  // Row 15: 16 blocks of .0635 each but for its own, .0474. Blocks 0, 14 and 15 hold .174, so six
+  // more are needed for half of it.
+  for (int64_t j = 0; j < 16; ++j) {
+    EXPECT_EQ(got.keeps(0, 0, 15, j), j < 7 || j >= 14) << "block " << j;
+  }
+}
+
+TEST_P(BlockCoverOn, ANeedleThatOneRowAsksForIsKeptForTheLastRows) {
+  // Key 200 answers the query at 1103 alone: no mean shows it.
+  CaseData data(medium_case());
+  for (int32_t c = 0; c < 32; ++c) {
+    data.set_k(0, 200, 0, c, c == 31 ? 30.0f : 0.0f);
+    for (int64_t i = 0; i < 900; ++i) data.set_q(0, i, 0, 31, i == 803 ? 20.0f : 0.0f);
+  }
+  const Selection with = run(data, BlockCover{.gamma = 0.3f}, GetParam());
+  const Selection without = run(data, BlockCover{.gamma = 0.3f, .column_share = 0}, GetParam());
+  // The first row that asks, 391, stands in query block 10, the seventh; row 803 in block 17.
+  for (int64_t r = 0; r < 15; ++r) {
+    EXPECT_EQ(with.keeps(0, 0, r, 200 / 64), r >= 6 || without.keeps(0, 0, r, 200 / 64));
+  }
+  EXPECT_FALSE(without.keeps(0, 0, 13, 200 / 64));
+  EXPECT_GE(with.head(0, 0).vertical_blocks, 1);
+  EXPECT_EQ(without.head(0, 0).vertical_blocks, 0);
+}
+
+TEST_P(BlockCoverOn, GammaOneIsDense) {
+  const CaseData data(medium_case());
+  const Selection got = run(data, BlockCover{.gamma = 1}, GetParam());
+  for (const int32_t h : {0, 1, 2, 3}) {
+    EXPECT_TRUE(got.is_dense(1, h));
+    EXPECT_EQ(got.head(1, h).pattern, HeadPattern::kDense);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Targets, BlockCoverOn, ::testing::ValuesIn(host_executions()),
+                         [](const auto& param_info) { return execution_name(param_info.param); });
+
+}  // namespace
+}  // namespace flexprefill::testing
