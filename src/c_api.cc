@@ -43,6 +43,7 @@ static_assert(FLEXPREFILL_BACKEND_SM90 == static_cast<int>(Backend::kSm90));
 static_assert(FLEXPREFILL_CPU_AUTO == static_cast<int>(CpuTarget::kAuto));
 static_assert(FLEXPREFILL_CPU_NEON == static_cast<int>(CpuTarget::kNeon));
 static_assert(FLEXPREFILL_HEAD_DENSE == static_cast<int>(HeadPattern::kDense));
+static_assert(FLEXPREFILL_HEAD_BLOCK_COVER == static_cast<int>(HeadPattern::kBlockCover));
 static_assert(FLEXPREFILL_HEAD_BLOCK_SPARSE == static_cast<int>(HeadPattern::kBlockSparse));
 static_assert(FLEXPREFILL_HEAD_STREAMING == static_cast<int>(HeadPattern::kStreaming));
 // A view hands the sequences out as pairs of int64.
@@ -183,8 +184,13 @@ Pattern to_pattern(const flexprefill_pattern* from, std::vector<MInferenceHead>&
             {static_cast<MInferenceHead::Kind>(head.kind), head.vertical_size, head.slash_size});
       }
       return MInference{heads};
+    case FLEXPREFILL_PATTERN_BLOCK_COVER: {
+      BlockCover pattern{in.gamma, in.column_share, {}};
+      if (in.max_budget != FLEXPREFILL_NO_LIMIT) pattern.max_budget = in.max_budget;
+      return pattern;
+    }
   }
-  refuse("pattern.kind: expected 0 to 6, got " + std::to_string(in.kind));
+  refuse("pattern.kind: expected 0 to 7, got " + std::to_string(in.kind));
 }
 
 Execution to_execution(const flexprefill_execution* from) {
@@ -230,7 +236,8 @@ class AuditOut {
                 head.slash_blocks,
                 head.kept_mass,
                 head.density,
-                {0, 0}};
+                head.least_row_mass,
+                head.rows_below_gamma};
     }
   }
 

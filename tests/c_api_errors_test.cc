@@ -30,6 +30,7 @@ constexpr auto streaming_llm = pattern_of<FLEXPREFILL_PATTERN_STREAMING_LLM>;
 constexpr auto xattention = pattern_of<FLEXPREFILL_PATTERN_XATTENTION>;
 constexpr auto flash_prefill = pattern_of<FLEXPREFILL_PATTERN_FLASH_PREFILL>;
 constexpr auto minference = pattern_of<FLEXPREFILL_PATTERN_MINFERENCE>;
+constexpr auto block_cover = pattern_of<FLEXPREFILL_PATTERN_BLOCK_COVER>;
 
 const flexprefill_minference_head kBadHeads[] = {{0, 0, 64, 0}, {5, 0, 64, 64}};
 const int32_t kStarts[] = {0, 200, 399};
@@ -107,7 +108,7 @@ const BadCall kBadCalls[] = {
     {"workspace", [](Call& c) { c.workspace.resize(1); }, "workspace: expected at least ",
      FLEXPREFILL_WORKSPACE_TOO_SMALL},
     // Patterns.
-    {"kind", [](Call& c) { c.pattern.kind = 17; }, "pattern.kind: expected 0 to 6, got 17"},
+    {"kind", [](Call& c) { c.pattern.kind = 17; }, "pattern.kind: expected 0 to 7, got 17"},
     {"gamma_nan", [](Call& c) { flex_prefill(c).gamma = std::nanf(""); },
      "gamma: expected a number in (0, 1], got nan"},
     {"gamma_0", [](Call& c) { flex_prefill(c).gamma = 0; }, "gamma: expected a number in (0, 1]"},
@@ -140,6 +141,12 @@ const BadCall kBadCalls[] = {
        c.pattern.heads_count = 2;
      },
      "heads[0].slash_size: expected at least 1 tokens, got 0"},
+    {"cover_gamma", [](Call& c) { block_cover(c).gamma = 1.5f; },
+     "gamma: expected a number in (0, 1], got 1.5"},
+    {"cover_max_budget", [](Call& c) { block_cover(c).max_budget = -2; },
+     "max_budget: expected at least 0 tokens, got -2"},
+    {"column_share", [](Call& c) { block_cover(c).column_share = -0.5f; },
+     "column_share: expected a number in [0, 1], got -0.5"},
     // Execution.
     {"num_threads", [](Call& c) { c.execution.num_threads = -1; },
      "num_threads: expected at least 0, got -1"},

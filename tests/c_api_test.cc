@@ -64,8 +64,9 @@ TEST(CApi, EveryPatternGivesWhatTheCppApiGives) {
                                       StreamingLlm{16, 40},
                                       XAttention{8, 0.6f},
                                       FlashPrefill{.alpha = 0.9f, .last_queries = 0},
-                                      MInference{cpp_heads}};
-  for (int32_t kind = 0; kind < 7; ++kind) {
+                                      MInference{cpp_heads},
+                                      BlockCover{0.5f, 0.3f, 96}};
+  for (int32_t kind = 0; kind < 8; ++kind) {
     Call call;
     call.pattern = flexprefill_pattern_default(kind);
     call.pattern.min_budget = 32;
@@ -80,6 +81,11 @@ TEST(CApi, EveryPatternGivesWhatTheCppApiGives) {
     call.pattern.last_queries = 0;
     call.pattern.heads = heads.data();
     call.pattern.heads_count = 2;
+    if (kind == FLEXPREFILL_PATTERN_BLOCK_COVER) {
+      call.pattern.gamma = 0.5f;
+      call.pattern.column_share = 0.3f;
+      call.pattern.max_budget = 96;
+    }
     EXPECT_EQ(call.prefill(), FLEXPREFILL_OK) << last_error();
 
     const auto view = [](std::vector<float>& data, std::array<int64_t, 4> shape) {
@@ -100,6 +106,31 @@ TEST(CApi, EveryPatternGivesWhatTheCppApiGives) {
     flexprefill_block_index_view got = flexprefill_block_index_view_default();
     ASSERT_EQ(flexprefill_block_index_get_view(index.get(), &got), FLEXPREFILL_OK);
     EXPECT_EQ(got.mean_correction, kind == FLEXPREFILL_PATTERN_FLASH_PREFILL);
+  }
+}
+
+TEST(CApi, TheAuditSaysWhereABudgetLeavesLessThanGamma) {
+  using namespace flexprefill;
+  Call call;
+  call.pattern = flexprefill_pattern_default(FLEXPREFILL_PATTERN_BLOCK_COVER);
+  call.pattern.gamma = 0.95f;
+  std::vector<flexprefill_head_audit> audit(Call::kB * Call::kHq);
+  const auto prefill = [&] {
+    return flexprefill_prefill(&call.input, &call.pattern, &call.execution, call.workspace.data(),
+                               call.workspace.size(), &call.out_tensor, nullptr, audit.data(),
+                               static_cast<int64_t>(audit.size()));
+  };
+  ASSERT_EQ(prefill(), FLEXPREFILL_OK) << last_error();
+  for (const flexprefill_head_audit& head : audit) {
+    EXPECT_EQ(head.pattern, FLEXPREFILL_HEAD_BLOCK_COVER);
+    EXPECT_GE(head.least_row_mass, 0.95f);
+    EXPECT_EQ(head.rows_below_gamma, 0);
+  }
+  call.pattern.max_budget = 0;
+  ASSERT_EQ(prefill(), FLEXPREFILL_OK) << last_error();
+  for (const flexprefill_head_audit& head : audit) {
+    EXPECT_LT(head.least_row_mass, 0.95f);
+    EXPECT_GT(head.rows_below_gamma, 0);
   }
 }
 

@@ -26,7 +26,7 @@ extern "C" {
 #endif
 
 // Goes up when something is added here; what is here stays as it is within a major version.
-#define FLEXPREFILL_C_API_VERSION 4
+#define FLEXPREFILL_C_API_VERSION 5
 
 typedef int32_t flexprefill_status;
 enum {
@@ -67,7 +67,8 @@ enum {
   // Since version 3.
   FLEXPREFILL_PATTERN_XATTENTION = 4,
   FLEXPREFILL_PATTERN_FLASH_PREFILL = 5,
-  FLEXPREFILL_PATTERN_MINFERENCE = 6
+  FLEXPREFILL_PATTERN_MINFERENCE = 6,
+  FLEXPREFILL_PATTERN_BLOCK_COVER = 7  // since version 5; host backends only
 };
 
 enum {
@@ -75,7 +76,8 @@ enum {
   FLEXPREFILL_HEAD_VERTICAL_SLASH = 1,
   FLEXPREFILL_HEAD_QUERY_AWARE = 2,
   FLEXPREFILL_HEAD_STREAMING = 3,
-  FLEXPREFILL_HEAD_BLOCK_SPARSE = 4  // by a score for each block; since version 3
+  FLEXPREFILL_HEAD_BLOCK_SPARSE = 4,  // by a score for each block; since version 3
+  FLEXPREFILL_HEAD_BLOCK_COVER = 5    // since version 5
 };
 
 // MInferenceHead::Kind in select.h.
@@ -135,11 +137,11 @@ typedef struct flexprefill_minference_head {
 typedef struct flexprefill_pattern {
   size_t struct_size;
   int32_t kind;           // FLEXPREFILL_PATTERN_*
-  float gamma;            // flex_prefill: share of the attention mass to cover, in (0, 1]
+  float gamma;            // flex_prefill, block_cover: share of the mass to cover, in (0, 1]
   float tau;              // flex_prefill: heads with jsd_sqrt below it are query-aware, in [0, 1]
   int32_t reserved;       // 0
   int64_t min_budget;     // flex_prefill
-  int64_t max_budget;     // flex_prefill; or FLEXPREFILL_NO_LIMIT
+  int64_t max_budget;     // flex_prefill, block_cover; or FLEXPREFILL_NO_LIMIT
   int64_t vertical_size;  // vertical_slash
   int64_t slash_size;     // vertical_slash
   int64_t global_window;  // streaming_llm, flash_prefill
@@ -153,6 +155,9 @@ typedef struct flexprefill_pattern {
   int64_t heads_count;
   int32_t mean_correction;  // flash_prefill; not 0: dropped blocks count through their means
   int32_t reserved3;        // 0
+  // Since version 5; BlockCover in select.h.
+  float column_share;  // block_cover, in [0, 1]
+  int32_t reserved5;   // 0
 } flexprefill_pattern;
 
 typedef struct flexprefill_execution {
@@ -173,7 +178,9 @@ typedef struct flexprefill_head_audit {
   int32_t slash_blocks;
   float kept_mass;
   float density;
-  int32_t reserved[2];  // 0
+  // Since version 5; before it both were 0.
+  float least_row_mass;      // block_cover; otherwise 1
+  int32_t rows_below_gamma;  // block_cover
 } flexprefill_head_audit;
 
 // The arrays of an index; BlockIndex in block_index.h.
@@ -245,6 +252,7 @@ static inline flexprefill_pattern flexprefill_pattern_default(int32_t kind) {
   }
   pattern.last_queries = 1024;
   pattern.mean_correction = 1;
+  pattern.column_share = 0.8f;
   return pattern;
 }
 

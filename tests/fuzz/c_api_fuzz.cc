@@ -230,7 +230,7 @@ std::string seed(Function function, int32_t kind, int32_t dtype, bool packed, bo
 extern "C" int LLVMFuzzerInitialize(int* argc, char*** argv) {
   std::vector<std::string> seeds;
   for (uint8_t function = 0; function < kFunctions; ++function) {
-    for (int32_t kind = 0; kind < 7; ++kind) {
+    for (int32_t kind = 0; kind < 8; ++kind) {
       for (int32_t dtype = 0; dtype < 3; ++dtype) {
         const bool packed = (function + kind + dtype) % 2, paged = (kind + dtype) % 3 == 0;
         seeds.push_back(seed(static_cast<Function>(function), kind, dtype, packed, paged));
