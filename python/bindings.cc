@@ -34,7 +34,7 @@ using DeviceInt64 = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig>;
 using DeviceInt32 = nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig>;
 using Int64Vector = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using AuditArray =
-    nb::ndarray<float, nb::shape<-1, -1, 6>, nb::c_contig, nb::device::cpu>;  // [b, h_q, 6]
+    nb::ndarray<float, nb::shape<-1, -1, 8>, nb::c_contig, nb::device::cpu>;  // [b, h_q, 8]
 
 nb::dlpack::dtype dlpack_type(DType dtype) {
   const auto code =
@@ -134,7 +134,7 @@ struct Call {
   }
 };
 
-// HeadAudit as the six floats of a row of AuditArray, in the order of its fields.
+// HeadAudit as the eight floats of a row of AuditArray, in the order of its fields.
 void write_audit(const std::vector<HeadAudit>& audit, float* rows) {
   for (const HeadAudit& head : audit) {
     *rows++ = static_cast<float>(head.pattern);
@@ -143,6 +143,8 @@ void write_audit(const std::vector<HeadAudit>& audit, float* rows) {
     *rows++ = static_cast<float>(head.slash_blocks);
     *rows++ = head.kept_mass;
     *rows++ = head.density;
+    *rows++ = head.least_row_mass;
+    *rows++ = static_cast<float>(head.rows_below_gamma);
   }
 }
 
@@ -462,7 +464,14 @@ void bind_pattern(nb::module_& m) {
             return Pattern(FlashPrefill{static_cast<float>(alpha), global_window, local_window,
                                         last_queries, mean_correction});
           },
-          "alpha"_a, "global_window"_a, "local_window"_a, "last_queries"_a, "mean_correction"_a);
+          "alpha"_a, "global_window"_a, "local_window"_a, "last_queries"_a, "mean_correction"_a)
+      .def_static(
+          "block_cover",
+          [](double gamma, double column_share, std::optional<int64_t> max_budget) {
+            return Pattern(BlockCover{static_cast<float>(gamma), static_cast<float>(column_share),
+                                      max_budget});
+          },
+          "gamma"_a, "column_share"_a, "max_budget"_a.none());
   nb::class_<MInferencePattern, Pattern>(m, "MInferencePattern")
       .def(nb::init<const std::vector<std::tuple<int32_t, int64_t, int64_t>>&>(), "heads"_a);
 }

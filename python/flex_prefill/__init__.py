@@ -25,6 +25,7 @@ from flex_prefill.audit import Audit
 from flex_prefill.block_index import BlockIndex
 from flex_prefill.compare import DenseComparison, compare_with_dense
 from flex_prefill.patterns import (
+    BlockCover,
     Dense,
     FlashPrefill,
     FlexPrefill,
@@ -38,6 +39,7 @@ from flex_prefill.patterns import (
 
 __all__ = [
     "Audit",
+    "BlockCover",
     "BlockIndex",
     "Dense",
     "DenseComparison",

@@ -107,10 +107,10 @@ def lse_shape(q: Tensor) -> tuple[int, ...]:
 
 
 def audit_shape(q: Tensor, cu_seqlens_q: Lengths) -> tuple[int, int, int]:
-    """[b, h_q, 6]: the six fields of an Audit."""
+    """[b, h_q, 8]: the eight fields of an Audit."""
     if len(q.shape) == 4:
-        return (q.shape[0], q.shape[2], 6)
-    return (0 if cu_seqlens_q is None else max(len(cu_seqlens_q) - 1, 0), q.shape[1], 6)
+        return (q.shape[0], q.shape[2], 8)
+    return (0 if cu_seqlens_q is None else max(len(cu_seqlens_q) - 1, 0), q.shape[1], 8)
 
 
 def _compute(
@@ -157,7 +157,7 @@ def run_prefill(
     out: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None, npt.NDArray[np.float32] | None]:
-    """out, lse and the audit's rows [b, h_q, 6]; the last two None where not asked for."""
+    """out, lse and the audit's rows [b, h_q, 8]; the last two None where not asked for."""
     rows = np.empty(audit_shape(q, options["cu_seqlens_q"]), np.float32) if audit else None
 
     def stage(call: Call, core_out: _core.Tensor, core_lse: _core.Tensor | None) -> None:
@@ -231,8 +231,8 @@ def prefill(
     tuple ``(out[, lse][, Audit])`` as asked. lse is float32 ``[b, h_q, s_q]`` or packed
     ``[h_q, t_q]``: the natural logarithm of the sum of ``exp(scale * q k)`` over the kept keys.
     ``min_kept_mass``: a floor, in [0, 1]: where a head keeps less of the probe's mass, the call
-    is selected anew, with gamma raised half way to 1 up to three times (FlexPrefill), then dense;
-    the Audit's ``guard`` says so.
+    is selected anew, with gamma raised half way to 1 up to three times (FlexPrefill, BlockCover),
+    then dense; the Audit's ``guard`` says so.
     ``out``: where to write instead, a torch or NumPy tensor that shares no memory with the inputs.
     The other keywords, layouts and errors: see the module.
     """

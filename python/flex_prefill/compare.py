@@ -13,7 +13,7 @@ from flex_prefill import _core
 from flex_prefill._call import Call
 from flex_prefill.audit import Audit
 from flex_prefill.block_index import BlockIndex
-from flex_prefill.patterns import Dense, FlexPrefill, Pattern
+from flex_prefill.patterns import BlockCover, Dense, FlexPrefill, Pattern
 
 if TYPE_CHECKING:
     from flex_prefill._tensors import Tensor
@@ -93,14 +93,14 @@ def compare_with_dense(
 def guarded_select(
     select: Callable[[Pattern], tuple[BlockIndex, Audit]], pattern: Pattern, min_kept_mass: float
 ) -> tuple[BlockIndex, Audit]:
-    """select, until every head keeps the floor of the probe's mass: FlexPrefill with gamma raised
-    half way to 1, up to three times; then, and for other patterns at once, dense."""
+    """select, until every head keeps the floor of the probe's mass: FlexPrefill and BlockCover with
+    gamma raised half way to 1, up to three times; then, and for other patterns at once, dense."""
     if not 0 <= min_kept_mass <= 1:
         raise ValueError(f"min_kept_mass: expected a number in [0, 1], got {min_kept_mass!r}")
     index, audit = select(pattern)
     done = None
     for _ in range(_MOST_RAISES):
-        if _keeps(audit, min_kept_mass) or not isinstance(pattern, FlexPrefill):
+        if _keeps(audit, min_kept_mass) or not isinstance(pattern, (FlexPrefill, BlockCover)):
             break
         pattern = replace(pattern, gamma=(1 + pattern.gamma) / 2)
         index, audit = select(pattern)

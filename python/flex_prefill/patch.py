@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from flex_prefill import minference
 from flex_prefill.patterns import (
+    BlockCover,
     Dense,
     FlashPrefill,
     FlexPrefill,
@@ -52,9 +53,19 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "last_queries": 1024,
         "mean_correction": True,
     },
+    "block_cover": {"block_size": 128, "gamma": 0.9, "column_share": 0.8, "max_budget": None},
     "minfer": {"block_size": 128, "model_type": None, "path": None},
 }
 _BLOCK_SIZES = (32, 64, 128)
+# Options that are shares of something, and whether 0 is allowed.
+_SHARES = {
+    "flex_prefill_gamma": False,
+    "flex_prefill_tau": True,
+    "threshold": False,
+    "alpha": True,
+    "gamma": False,
+    "column_share": True,
+}
 _DEFAULT_BLOCK_SIZE = 128
 
 
@@ -73,8 +84,8 @@ def patch_model(
     """Gives the decoder layers of a transformers model a sparse prefill, in place.
 
     pattern: `flex_prefill`, `vertical_slash`, `streaming_llm`, `xattention`, `flash_prefill`,
-        `minfer` (per-head patterns of a file in MInference's format), `flash` (every block,
-        computed by this library) or `default` (the model's own attention again).
+        `block_cover`, `minfer` (per-head patterns of a file in MInference's format), `flash` (every
+        block, computed by this library) or `default` (the model's own attention again).
     cfg: keys of `get_config_example(pattern)`; what is not given has its default. Sizes, windows
         and budgets count tokens.
 
@@ -155,6 +166,7 @@ def pattern_of(pattern: str, checked: Mapping[str, Any]) -> tuple[Any, int]:
         "flex_prefill": FlexPrefill,
         "xattention": XAttention,
         "flash_prefill": FlashPrefill,
+        "block_cover": BlockCover,
     }
     return kinds[pattern](**values), block_size
 
@@ -185,13 +197,13 @@ def _check_value(key: str, value: Any) -> Any:
             raise ValueError(f"stride: expected 8 or 16, got {value!r}")
         return int(value)
     number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
-    if key in ("flex_prefill_gamma", "flex_prefill_tau", "threshold", "alpha"):
-        zero_allowed = key in ("flex_prefill_tau", "alpha")
+    if key in _SHARES:
+        zero_allowed = _SHARES[key]
         if not (0 < number <= 1 or (zero_allowed and number == 0)):
             interval = "[0, 1]" if zero_allowed else "(0, 1]"
             raise ValueError(f"{key}: expected a number in {interval}, got {value!r}")
         return float(number)
-    if key == "flex_prefill_max_budget" and value is None:
+    if key in ("flex_prefill_max_budget", "max_budget") and value is None:
         return None
     least = 1 if key == "local_window" else 0
     if not (least <= number < math.inf and number == int(number)):

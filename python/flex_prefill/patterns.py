@@ -14,6 +14,7 @@ from typing import ClassVar, TypeAlias
 from flex_prefill import _core
 
 __all__ = [
+    "BlockCover",
     "Dense",
     "FlashPrefill",
     "FlexPrefill",
@@ -155,6 +156,32 @@ class FlashPrefill:
 
 
 @dataclass(frozen=True)
+class BlockCover:
+    """A cover of blocks for each query block, from a map of the head that means of 32 queries and
+    of 32 keys make, and columns that the last queries ask for; docs/block_cover.md.
+
+    gamma: share of its map that each query block keeps, in (0, 1]; 1 is dense.
+    column_share: share of what 128 of the last 512 queries ask for that is kept for the last query
+        blocks, in [0, 1]; 0 keeps no such columns.
+    max_budget: most tokens that a query block keeps, in whole blocks and at least three; gamma may
+        be missed then, which an Audit says (``rows_below_gamma``). None: no limit.
+    """
+
+    gamma: float = 0.9
+    column_share: float = 0.8
+    max_budget: int | None = None
+
+    name: ClassVar[str] = "block_cover"
+
+    def to_core(self) -> _core.Pattern:
+        return _core.Pattern.block_cover(self.gamma, self.column_share, self.max_budget)
+
+    def values(self) -> list[float]:
+        most = math.inf if self.max_budget is None else float(self.max_budget)
+        return [float(self.gamma), float(self.column_share), most]
+
+
+@dataclass(frozen=True)
 class MInferenceHead:
     """What one query head keeps under MInference; sizes are tokens, spent on whole blocks.
 
@@ -193,9 +220,25 @@ class MInference:
 
 
 Pattern: TypeAlias = (
-    Dense | FlexPrefill | VerticalSlash | StreamingLlm | XAttention | FlashPrefill | MInference
+    Dense
+    | FlexPrefill
+    | VerticalSlash
+    | StreamingLlm
+    | XAttention
+    | FlashPrefill
+    | MInference
+    | BlockCover
 )
-_KINDS = (Dense, FlexPrefill, VerticalSlash, StreamingLlm, XAttention, FlashPrefill, MInference)
+_KINDS = (
+    Dense,
+    FlexPrefill,
+    VerticalSlash,
+    StreamingLlm,
+    XAttention,
+    FlashPrefill,
+    MInference,
+    BlockCover,
+)
 
 
 def check_pattern(pattern: object) -> None:
@@ -224,6 +267,10 @@ def _flex_prefill_from_values(
     return FlexPrefill(gamma, tau, int(min_budget), most)
 
 
+def _block_cover_from_values(gamma: float, column_share: float, max_budget: float) -> BlockCover:
+    return BlockCover(gamma, column_share, None if math.isinf(max_budget) else int(max_budget))
+
+
 _FROM_VALUES: dict[str, Callable[..., Pattern]] = {
     Dense.name: Dense,
     FlexPrefill.name: _flex_prefill_from_values,
@@ -234,6 +281,7 @@ _FROM_VALUES: dict[str, Callable[..., Pattern]] = {
         alpha, int(first), int(local), int(last), bool(mean)
     ),
     MInference.name: _minference_from_values,
+    BlockCover.name: _block_cover_from_values,
 }
 
 

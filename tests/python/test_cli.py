@@ -243,6 +243,24 @@ def test_inspect_compares_every_layer(model_folder: Path, tmp_path: Path) -> Non
     assert picture.stat().st_size > 10000
 
 
+def test_inspect_says_what_a_budget_costs(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = (
+        f"inspect --model {model_folder} --tokens 700 --out {tmp_path}/heads.png --dtype float32 "
+        "--pattern block_cover --gamma 0.99 --cfg block_size=32"
+    )
+    report = run_json(command, tmp_path / "free.json")
+    assert report["pattern"]["gamma"] == 0.99
+    assert all(row["pattern"] == "block_cover" for row in report["heads"])
+    assert all(row["least_row_mass"] >= 0.99 for row in report["heads"])
+    assert not any(row["rows_below_gamma"] for row in report["heads"])
+    assert "max_budget" not in capsys.readouterr().out
+    report = run_json(f"{command} max_budget=96", tmp_path / "limited.json")
+    assert all(row["rows_below_gamma"] > 0 for row in report["heads"])
+    assert "keep less than gamma of their map" in capsys.readouterr().out
+
+
 def test_inspect_spreads_over_the_densities() -> None:
     density = np.array([0.5, 0.1, 0.9, 0.3, 0.2, 0.7, 0.8], np.float32)
     assert inspect_command._spread(density) == [1, 3, 5, 2]
@@ -321,6 +339,9 @@ def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -
         (["bench", "--gamma", "1.5"], "gamma"),
         (["bench", "--gamma", "nan"], "gamma"),
         (["bench", "--pattern", "xatention"], "did you mean xattention"),
+        (["bench", "--pattern", "blockcover"], "did you mean block_cover"),
+        (["bench", "--pattern", "block_cover", "--cfg", "gama=0.9"], "did you mean 'gamma'"),
+        (["inspect", "--pattern", "block_cover", "--gamma", "2"], "gamma"),
         (["bench", "--pattern", "minfer", "--cfg", "model_type=llama"], "flexprefill calibrate"),
         (["bench", "--cfg", "flex_prefill_gama=0.9"], "flex_prefill_gamma"),
         (["bench", "--cfg", "block_size"], "no '='"),

@@ -6,7 +6,14 @@ import flex_prefill
 import numpy as np
 import pytest
 import reference
-from flex_prefill import Dense, FlexPrefill, StreamingLlm, VerticalSlash, compare_with_dense
+from flex_prefill import (
+    BlockCover,
+    Dense,
+    FlexPrefill,
+    StreamingLlm,
+    VerticalSlash,
+    compare_with_dense,
+)
 
 
 def inputs(s_q=600, s_kv=900, h_q=4, h_kv=2, d=16):
@@ -84,6 +91,19 @@ class TestFloor:
         )
         assert audit.guard == "gamma 0.75"
         assert audit.kept_mass.min() >= least - 1e-5
+
+    def test_raises_the_gamma_of_a_cover(self):
+        q, k, v = inputs()
+        least = [
+            flex_prefill.select(q, k, pattern, block_size=64, audit=True)[1].kept_mass.min()
+            for pattern in (BlockCover(0.2, 0), BlockCover(0.6, 0))
+        ]
+        assert least[0] < least[1]
+        floor = float(sum(least) / 2)
+        _, audit = flex_prefill.prefill(
+            q, k, v, BlockCover(0.2, 0), block_size=64, audit=True, min_kept_mass=floor
+        )
+        assert audit.guard == "gamma 0.6"
 
     def test_falls_back_to_dense(self):
         q, k, v = inputs()

@@ -145,6 +145,11 @@ def test_pages_of_odd_size():
         (fp.VerticalSlash(1, -1), "slash_size: expected at least 0"),
         (fp.StreamingLlm(-1, 1), "global_window: expected at least 0"),
         (fp.StreamingLlm(1, 0), "local_window: expected at least 1"),
+        (fp.BlockCover(gamma=0.0), r"gamma: expected a number in \(0, 1\]"),
+        (fp.BlockCover(gamma=float("nan")), "gamma: expected a number"),
+        (fp.BlockCover(column_share=-0.1), r"column_share: expected a number in \[0, 1\]"),
+        (fp.BlockCover(column_share=1.1), "column_share: expected a number"),
+        (fp.BlockCover(max_budget=-1), "max_budget: expected at least 0 tokens, got -1"),
     ],
     ids=repr,
 )

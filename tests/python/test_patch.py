@@ -68,6 +68,12 @@ class TestConfigExample:
             "threshold": 0.9,
         }
         assert get_config_example("flash_prefill")["alpha"] == 0.1
+        assert get_config_example("block_cover") == {
+            "block_size": 128,
+            "gamma": 0.9,
+            "column_share": 0.8,
+            "max_budget": None,
+        }
         assert get_config_example("minfer") == {
             "block_size": 128,
             "model_type": None,
@@ -102,6 +108,18 @@ class TestPatching:
         assert attention(model) == "sdpa"
         assert densities(model, ids) == []
         assert torch.equal(logits(model, ids), own)
+
+    def test_block_cover(self):
+        model, ids = build(), tokens(1, 741)
+        cfg = {"block_size": 32, "gamma": 0.3}
+        patch_model(model, "block_cover", cfg)
+        free = densities(model, ids)
+        assert max(free) < 0.95
+        with collect_audits() as audits:
+            patch_model(model, "block_cover", {**cfg, "gamma": 0.999, "max_budget": 96})
+            logits(model, ids)
+        assert all((audit.pattern == "block_cover").all() for _, audit in audits)
+        assert all(audit.rows_below_gamma.all() for _, audit in audits)
 
     @pytest.mark.parametrize("own", ["sdpa", "eager"])
     def test_unpatching_restores_what_the_model_had(self, own: str):
@@ -285,6 +303,11 @@ class TestErrors:
             ("xatention", {}, "did you mean 'xattention'"),
             ("flash_prefill", {"alpha": 2}, r"alpha: .*\[0, 1\]"),
             ("flash_prefill", {"mean_correction": 1}, "mean_correction: expected True or False"),
+            ("block_cover", {"gamma": 0}, r"gamma: expected a number in \(0, 1\]"),
+            ("block_cover", {"column_share": 2}, r"column_share: .*\[0, 1\]"),
+            ("block_cover", {"max_budget": -1}, "max_budget: .*at least 0, got -1"),
+            ("block_cover", {"column_shar": 0.5}, "did you mean 'column_share'"),
+            ("blok_cover", {}, "did you mean 'block_cover'"),
             ("minfer", {}, "flexprefill calibrate --model"),
             ("minfer", {"model_type": "llama"}, "no file for model_type 'llama'.*calibrate"),
             ("minfer", {"path": "no.json"}, "expected a file at no.json.*calibrate"),

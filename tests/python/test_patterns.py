@@ -1,4 +1,4 @@
-"""XAttention, FlashPrefill and MInference against plain NumPy, and MInference's files."""
+"""XAttention, FlashPrefill, BlockCover and MInference against plain NumPy; MInference's files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ import flex_prefill
 import numpy as np
 import pytest
 import reference
-from flex_prefill import FlashPrefill, MInference, MInferenceHead, VerticalSlash, XAttention
+from flex_prefill import (
+    BlockCover,
+    FlashPrefill,
+    MInference,
+    MInferenceHead,
+    VerticalSlash,
+    XAttention,
+)
 from flex_prefill.minference import load, to_entry
 
 SHAPES = [(1024, 1024, 128), (700, 1111, 64), (333, 900, 32)]  # s_q, s_kv, block size
@@ -99,6 +106,81 @@ def block_sparse_mask(q, k, block, tokens):
         mask[r, np.argsort(-scores, kind="stable")[: max(-(-tokens // block) - 1, 0)]] = True
         mask[r, i] = True
     return mask
+
+
+def cover_scores(q, k, block):
+    """BlockCover's map [n_q, n], and the exact masses [asking rows, n] with their query blocks."""
+    s_q, s_kv = len(q), len(k)
+    first, n_q, n = reference.grid(s_q, s_kv, block)
+    scale = 1 / np.sqrt(q.shape[1])
+    keys = np.array([k[a:b].mean(axis=0) for a, b in blocks_of(k, 32)], np.float64)
+    tokens = np.array([b - a for a, b in blocks_of(k, 32)])
+    scores, weights = np.zeros((n_q, n)), np.zeros(n_q)
+    for a, b in blocks_of(q, 32, s_kv - s_q):
+        own = (s_kv - s_q + a) // 32
+        logits = keys[: own + 1] @ q[a:b].mean(axis=0) * scale + np.log(tokens[: own + 1])
+        p = np.exp(logits - logits.max())
+        row = own * 32 // block - first
+        np.add.at(scores[row], np.arange(own + 1) * 32 // block, (b - a) * p / p.sum())
+        weights[row] += b - a
+    span = min(512, s_q)
+    count = min(128, span)
+    asking = s_q - 1 - (count - 1 - np.arange(count)) * span // count
+    exact, _ = reference._probabilities(q, k, reference.visible(s_q, s_kv, block), None)
+    exact = np.add.reduceat(exact[asking], np.arange(0, s_kv, block), axis=1)
+    return scores / weights[:, None], exact, (s_kv - s_q + asking) // block - first
+
+
+def cover_mask(scores, exact, asking_rows, first, pattern):
+    """What BlockCover keeps [n_q, n]."""
+
+    def reach(x, share, kept):
+        order = [j for j in np.argsort(-x, kind="stable") if j not in kept]
+        while x[list(kept)].sum() < share * x.sum() and order:
+            kept.add(order.pop(0))
+        return kept
+
+    mask = np.zeros(scores.shape, bool)
+    most_asked = exact.max(axis=0)
+    columns = reach(most_asked, pattern.column_share, set())
+    most = np.inf if pattern.max_budget is None else max(pattern.max_budget, 3)
+    for r, row in enumerate(scores):
+        i = first + r
+        always = {0, max(i - 1, 0), i}
+        kept = reach(row[: i + 1], pattern.gamma, set(always))
+        asked = {j for j in columns if j <= i and r >= asking_rows[0]}
+        if len(kept | asked) > most:
+            by_mass = sorted(asked - always, key=lambda j: (-most_asked[j], j))
+            by_score = sorted(kept - asked - always, key=lambda j: (-row[j], j))
+            kept = always | set((by_mass + by_score)[: most - len(always)])
+            asked = set()
+        mask[r, list(kept | asked)] = True
+    return mask
+
+
+@pytest.mark.parametrize(("s_q", "s_kv", "block"), SHAPES)
+@pytest.mark.parametrize(
+    "pattern",
+    [BlockCover(), BlockCover(0.5, 0.3), BlockCover(0.6, 0), BlockCover(0.95, 0.9, 5)],
+)
+def test_block_cover(s_q, s_kv, block, pattern):
+    q, k, _ = inputs(s_q, s_kv)
+    budget = None if pattern.max_budget is None else pattern.max_budget * block
+    given = BlockCover(pattern.gamma, pattern.column_share, budget)
+    index, audit = flex_prefill.select(q, k, given, block_size=block, audit=True)
+    assert (audit.pattern == "block_cover").all()
+    assert index.density < 1
+    first = reference.grid(s_q, s_kv, block)[0]
+    for h in range(4):
+        scores, exact, asking_rows = cover_scores(q[0, :, h], k[0, :, h // 2], block)
+        want = cover_mask(scores, exact, asking_rows, first, pattern)
+        assert (index.to_mask(0, h) == want).all()
+        shares = (scores * want).sum(axis=1)
+        assert audit.least_row_mass[0, h] == pytest.approx(shares.min(), abs=1e-5)
+        assert audit.rows_below_gamma[0, h] == (shares < pattern.gamma).sum()
+        kept = (exact * want[asking_rows]).sum(axis=1).mean()
+        assert audit.kept_mass[0, h] == pytest.approx(kept, abs=1e-5)
+    assert (audit.rows_below_gamma.sum() > 0) == (pattern.max_budget is not None)
 
 
 @pytest.mark.parametrize(("s_q", "s_kv", "block"), SHAPES)
@@ -207,7 +289,12 @@ def test_packed_is_each_alone():
     cu_q = np.cumsum([0] + [s_q for s_q, _ in lengths])
     cu_kv = np.cumsum([0] + [s_kv for _, s_kv in lengths])
     heads = tuple(MInferenceHead("block_sparse", 64 + 32 * h) for h in range(4))
-    for pattern in (XAttention(8, 0.6), FlashPrefill(0.9, 0, 32, 0), MInference(heads)):
+    for pattern in (
+        XAttention(8, 0.6),
+        FlashPrefill(0.9, 0, 32, 0),
+        MInference(heads),
+        BlockCover(0.5, 0.5, 128),
+    ):
         out = flex_prefill.prefill(
             q, k, v, pattern, cu_seqlens_q=cu_q, cu_seqlens_kv=cu_kv, block_size=32
         )
@@ -220,7 +307,13 @@ def test_torch_and_compile():
     torch = pytest.importorskip("torch")
     q, k, v = (torch.from_numpy(x) for x in inputs(400, 400))
     heads = tuple(MInferenceHead("a_shape", 32, 64 + h) for h in range(4))
-    for pattern in (XAttention(), FlashPrefill(0.5, 0, 64, 64), MInference(heads)):
+    for pattern in (
+        XAttention(),
+        FlashPrefill(0.5, 0, 64, 64),
+        MInference(heads),
+        BlockCover(0.5),
+        BlockCover(0.9, 0.5, 96),
+    ):
         want = flex_prefill.prefill(q.numpy(), k.numpy(), v.numpy(), pattern, block_size=32)
         got = flex_prefill.prefill(q, k, v, pattern, block_size=32)
         np.testing.assert_array_equal(got.numpy(), want)

@@ -28,6 +28,7 @@ PATTERNS = (
     "streaming_llm",
     "xattention",
     "flash_prefill",
+    "block_cover",
     "minfer",
     "flash",
 )
@@ -81,7 +82,9 @@ def add_pattern_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(PATTERNS)} (default: %(default)s)",
     )
     group.add_argument(
-        "--gamma", type=float, help="share of the attention to cover (flex_prefill; default 0.9)"
+        "--gamma",
+        type=float,
+        help="share of the attention to cover (flex_prefill, block_cover; default 0.9)",
     )
     group.add_argument(
         "--cfg",
@@ -110,9 +113,10 @@ def pattern_config(args: argparse.Namespace) -> dict[str, Any]:
                 usage=True,
             ) from None
     if args.gamma is not None:
-        if args.pattern != "flex_prefill":
+        key = {"flex_prefill": "flex_prefill_gamma", "block_cover": "gamma"}.get(args.pattern)
+        if key is None:
             raise CommandError(f"argument --gamma: {args.pattern} has none", usage=True)
-        cfg["flex_prefill_gamma"] = args.gamma
+        cfg[key] = args.gamma
     try:
         return check_config(args.pattern, cfg)
     except ValueError as error:

@@ -248,6 +248,8 @@ def _table(audit: Audit, kept: dict[int, float]) -> list[dict[str, Any]]:
             "density": float(audit.density[0, head]),
             "kept_mass_probe": float(audit.kept_mass[0, head]),
             "kept_mass_all_queries": kept.get(head),
+            "least_row_mass": float(audit.least_row_mass[0, head]),
+            "rows_below_gamma": int(audit.rows_below_gamma[0, head]),
         }
         for head in range(audit.density.shape[1])
     ]
@@ -271,9 +273,16 @@ def _print(report: dict[str, Any]) -> None:
     print(format_table(header, rows))
     print(
         f"\nmean density of layer {report['layer']}: {report['density']:.3f}\n"
-        "kept: share of the attention of the last queries (the probe) in kept blocks; kept by all: "
-        "of all queries, for the drawn heads"
+        "kept: share of the attention of the last queries, which the pattern looks at, in kept "
+        "blocks; kept by all: of all queries, for the drawn heads"
     )
+    below = [row for row in report["heads"] if row["rows_below_gamma"]]
+    if below:
+        print(
+            f"max_budget: {sum(row['rows_below_gamma'] for row in below)} query blocks of "
+            f"{len(below)} heads keep less than gamma of their map, the least "
+            f"{min(row['least_row_mass'] for row in below):.3f}"
+        )
 
 
 def draw(
