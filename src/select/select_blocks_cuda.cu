@@ -77,15 +77,6 @@ int64_t task_count(const Problem& problem, const Pattern& pattern) {
   return ceil_div(most, tile_blocks(problem, pattern)) * problem.b() * problem.h_q;
 }
 
-// A product's ring and what else its kernel has in shared memory, with as many stages as leave room
-// for `ctas` of them on a multiprocessor.
-template <typename Tile>
-int32_t ring_stages(int32_t d, int64_t beside, int64_t ctas) {
-  constexpr int64_t kReserved = 1024;
-  const int64_t most = device_info().shared_bytes;
-  return Tile::stages(d, std::min(most, (most + kReserved) / ctas - kReserved) - beside);
-}
-
 template <typename Element>
 void launch_scores(const Pattern& pattern, const SelectProblem& select, BlockScores scores,
                    int64_t ctas, void* stream) {

@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(AntidiagonalTile::kThreads, 1)
   const float scale = select.scale_log2 / static_cast<float>(p.antidiagonal.stride);
   for (auto t = static_cast<int32_t>(blockIdx.x); t < p.tasks;
        t += static_cast<int32_t>(gridDim.x)) {
-    const BlockTask task(select, p, t);
+    const BlockTask task(select, p.tile_blocks, t);
     if (!task.any) continue;
     const DeviceSequence& sequence = problem.sequences[task.view.sequence];
     const GroupTask groups(select, p, task);

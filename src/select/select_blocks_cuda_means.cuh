@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(MeansTile::kThreads, 2)
   const int32_t steps = MeansTile::steps(problem.d_qk);
   for (auto t = static_cast<int32_t>(blockIdx.x); t < p.tasks;
        t += static_cast<int32_t>(gridDim.x)) {
-    const BlockTask task(select, p, t);
+    const BlockTask task(select, p.tile_blocks, t);
     if (!task.any) continue;
     const DeviceSequence& sequence = problem.sequences[task.view.sequence];
     const MeansTask means(select, p, task);

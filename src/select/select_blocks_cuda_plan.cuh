@@ -34,7 +34,8 @@ struct BlockTask {
   int32_t first_row;            // where it begins, in queries of the sequence; may be negative
   bool any;
 
-  __device__ BlockTask(const SelectProblem& select, const BlockScores& scores, int32_t task) {
+  // tile_blocks: query blocks of a task.
+  __device__ BlockTask(const SelectProblem& select, int32_t tile_blocks, int32_t task) {
     const DeviceProblem& problem = select.problem;
     const int32_t turn = task % problem.h_q;
     int32_t rest = task / problem.h_q;
@@ -44,12 +45,12 @@ struct BlockTask {
     const int32_t head = problem.q_head(kv, turn % problem.group());
     view = {s, head, s * problem.h_q + head};
     const DeviceSequence& sequence = problem.sequences[s];
-    const int32_t tiles = (sequence.n_q + scores.tile_blocks - 1) / scores.tile_blocks;
-    const int32_t first = (tiles - 1 - rest) * scores.tile_blocks;
+    const int32_t tiles = (sequence.n_q + tile_blocks - 1) / tile_blocks;
+    const int32_t first = (tiles - 1 - rest) * tile_blocks;
     any = rest < tiles && select.sequences[s].probed != 0 &&
           select.kind_of(head) == HeadRule::Kind::kBlocks;
     first_block = sequence.first_q_block + first;
-    blocks = sequence.n_q - first < scores.tile_blocks ? sequence.n_q - first : scores.tile_blocks;
+    blocks = sequence.n_q - first < tile_blocks ? sequence.n_q - first : tile_blocks;
     first_row = first_block * problem.block_size - sequence.first_position();
   }
 

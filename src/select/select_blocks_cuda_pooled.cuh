@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kPooledThreads, 2)
   float* logits = p.own_scratch();
   for (auto t = static_cast<int32_t>(blockIdx.x); t < p.tasks;
        t += static_cast<int32_t>(gridDim.x)) {
-    const BlockTask task(select, p, t);
+    const BlockTask task(select, p.tile_blocks, t);
     if (!task.any) continue;
     const DeviceSequence& sequence = problem.sequences[task.view.sequence];
     pool_queries<Element>(select, task, shared);

@@ -15,10 +15,20 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/backend_cuda.h"
 #include "cuda/launch.cuh"
 #include "select/select_device.cuh"
 
 namespace flexprefill {
+
+// Stages of a product's ring that leave room for `ctas` of its kernel's thread blocks on a
+// multiprocessor; beside: what else a thread block has in shared memory.
+template <typename Tile>
+int32_t ring_stages(int32_t d, int64_t beside, int64_t ctas) {
+  constexpr int64_t kReserved = 1024;
+  const int64_t most = device_info().shared_bytes;
+  return Tile::stages(d, std::min(most, (most + kReserved) / ctas - kReserved) - beside);
+}
 
 using TileScores = float[4][8][4];  // [16 rows][8 columns], mma's fragments
 
