@@ -16,6 +16,7 @@ set(flexprefill_select_sources
   src/cuda/device_index.cu
   src/select/block_means_cuda.cu
   src/select/select_blocks_cuda.cu
+  src/select/select_cover_cuda.cu
   src/select/select_cuda.cu)
 string(REGEX REPLACE "8[1-9]" "80" flexprefill_select_architectures
   "${FLEXPREFILL_CUDA_ARCHITECTURES}")

@@ -92,7 +92,7 @@ Call random_call(Random& random, const std::vector<Execution>& executions, uint3
   c.fill = random.one_of(std::array{Fill::kRandom, Fill::kStructured});
   c.seed = seed;
   const int64_t block = c.block_size;
-  switch (random.between(0, 8)) {
+  switch (random.between(0, 10)) {
     case 0:
       call.pattern = Dense{};
       break;
@@ -119,6 +119,14 @@ Call random_call(Random& random, const std::vector<Execution>& executions, uint3
                                random.between(0, 3 * block), random.between(1, 3 * block)});
       }
       call.pattern = MInference{*call.heads};
+      break;
+    case 6:
+    case 7:
+      call.pattern = BlockCover{.gamma = static_cast<float>(random.between(2, 10)) / 10.0f,
+                                .column_share = static_cast<float>(random.between(0, 10)) / 10.0f};
+      if (random.between(0, 3) == 0) {
+        std::get<BlockCover>(call.pattern).max_budget = random.between(0, 8 * block);
+      }
       break;
     default:
       call.pattern = FlexPrefill{.gamma = static_cast<float>(random.between(5, 10)) / 10.0f,
@@ -182,14 +190,17 @@ class Slot {
     check_outputs(index);
     return is_rounded() ? 0 : differing_heads(index);
   }
-  // Heads that finish compares: not FlashPrefill's, whose means are rounded on the device.
+  // Heads that finish compares: not those of patterns whose means are rounded on the device.
   int64_t heads() const {
     return is_rounded() ? 0 : static_cast<int64_t>(data_->lengths.size()) * data_->c.h_q;
   }
   const Call& call() const { return call_; }
 
  private:
-  bool is_rounded() const { return std::holds_alternative<FlashPrefill>(call_.pattern); }
+  bool is_rounded() const {
+    return std::holds_alternative<FlashPrefill>(call_.pattern) ||
+           std::holds_alternative<BlockCover>(call_.pattern);
+  }
 
   BlockIndex read_index() const {
     BlockIndex index;

@@ -233,7 +233,9 @@ std::vector<Pattern> patterns() {
           XAttention{8, 0.5f},
           kFlash,
           uncorrected,
-          MInference{kHeads}};
+          MInference{kHeads},
+          BlockCover{.gamma = 0.5f},
+          BlockCover{.gamma = 0.9f, .column_share = 0.5f, .max_budget = 96}};
 }
 
 TEST_P(CudaCall, PrefillIsSelectAndAttendWithAnIndexOnHostOrDevice) {

@@ -45,7 +45,7 @@ struct TakenOnDevice {
 TakenOnDevice take_on_device(const std::vector<float>& x, Weight weight, uint64_t limit);
 
 // The rules of block_rules.h by a warp. scores [i + 1]; the row's words, of n blocks.
-enum class RowRule { kReaching, kAbove, kBest };
+enum class RowRule { kReaching, kAbove, kBest, kCover };
 struct RowInput {
   RowRule rule = RowRule::kReaching;
   std::vector<float> scores;
@@ -53,8 +53,12 @@ struct RowInput {
   float threshold = 0;     // kReaching
   FlashPrefillRule above;  // kAbove
   int64_t count = 0;       // kBest
+  BlockCoverRule cover;    // kCover, and the columns [words], empty: none, with their masses [n]
+  std::vector<uint64_t> columns;
+  std::vector<float> most_asked;
 };
-std::vector<uint64_t> keep_row_on_device(const RowInput& input);
+// mass: nullptr, or what kCover keeps of its row.
+std::vector<uint64_t> keep_row_on_device(const RowInput& input, RowMass* mass = nullptr);
 
 }  // namespace flexprefill::testing
 

@@ -6,7 +6,7 @@
 #include "cuda/cuda_check.h"
 #include "select/choose_cuda.cuh"
 #include "select/map_cuda.cuh"
-#include "select/select_blocks_cuda_rows.cuh"
+#include "select/select_cover_cuda_rows.cuh"
 #include "select/select_rows.h"
 #include "select_choice.h"
 
@@ -62,6 +62,14 @@ static __global__ void keep_row_kernel(RowRule rule, const float* scores, int64_
   } else {
     keep_best_warp(scores, i, n, count, row);
   }
+}
+
+static __global__ void keep_cover_kernel(const float* scores, int64_t i, int64_t n,
+                                         BlockCoverRule rule, const uint64_t* columns,
+                                         const float* most_asked, uint64_t* row, RowMass* mass) {
+  const RowMass kept =
+      keep_cover_warp([&](int64_t j) { return scores[j]; }, i, n, rule, columns, most_asked, row);
+  if (threadIdx.x == 0) *mass = kept;
 }
 
 static __global__ void __launch_bounds__(kChooseThreads, 1)  // without the 1 it spills
@@ -203,11 +211,21 @@ ChoiceResult choose_on_device(const ChoiceInput& input) {
   return result;
 }
 
-std::vector<uint64_t> keep_row_on_device(const RowInput& input) {
+std::vector<uint64_t> keep_row_on_device(const RowInput& input, RowMass* mass) {
   DeviceArrays arrays;
   const size_t words = static_cast<size_t>((input.n + 63) / 64);
   const float* scores = arrays.put(input.scores);
   auto* row = arrays.take<uint64_t>(words);
+  if (input.rule == RowRule::kCover) {
+    auto* kept = arrays.take<RowMass>(1);
+    const uint64_t* columns = input.columns.empty() ? nullptr : arrays.put(input.columns);
+    launch(keep_cover_kernel, dim3(1), dim3(32), 0, nullptr, scores,
+           static_cast<int64_t>(input.scores.size()) - 1, input.n, input.cover, columns,
+           static_cast<const float*>(arrays.put(input.most_asked)), row, kept);
+    cuda_check(cudaDeviceSynchronize(), "a row");
+    if (mass != nullptr) *mass = DeviceArrays::get(kept, 1)[0];
+    return DeviceArrays::get(row, words);
+  }
   launch(keep_row_kernel, dim3(1), dim3(32), 0, nullptr, input.rule, scores,
          static_cast<int64_t>(input.scores.size()) - 1, input.n, input.threshold, input.above,
          input.count, row);

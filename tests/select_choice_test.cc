@@ -204,5 +204,44 @@ TEST_F(SelectChoice, AWarpKeepsTheSameBlocksOfARow) {
   }
 }
 
+TEST_F(SelectChoice, AWarpCoversTheSameBlocksOfARow) {
+  std::mt19937 random(5);
+  Histogram histogram;
+  for (const int64_t size : {1, 2, 3, 4, 5, 33, 64, 65, 300, 1300}) {
+    for (const int trial : {0, 1, 2, 3, 4, 5}) {
+      RowInput input;
+      input.rule = RowRule::kCover;
+      input.scores = random_scores(random, size, trial == 1);
+      if (trial == 2) {
+        for (float& x : input.scores) x = std::ldexp(x, -static_cast<int>(random() % 45));
+      }
+      const int64_t i = size - 1;
+      input.n = size + 3;
+      input.most_asked = random_scores(random, input.n, trial == 3);
+      const size_t words = static_cast<size_t>((input.n + 63) / 64);
+      std::vector<uint64_t> want(words), columns(words), scratch_words(2 * words);
+      std::vector<float> scratch(static_cast<size_t>(input.n));
+      choose_columns(input.most_asked.data(), input.n, 0.4f, &histogram, columns.data());
+      if (trial != 4) input.columns = columns;
+      for (const float gamma : {0.01f, 0.6f, 0.9f, 0.999999f}) {
+        for (const int64_t most : {int64_t{3}, int64_t{4}, size / 8 + 3, size / 2 + 3, size + 1}) {
+          SCOPED_TRACE("size " + std::to_string(size) + " trial " + std::to_string(trial) +
+                       " gamma " + std::to_string(gamma) + " most " + std::to_string(most));
+          input.cover = {.gamma = gamma, .column_share = 0.4f, .most_blocks = most};
+          const RowMass mass =
+              keep_cover(input.scores.data(), i, input.n, input.cover,
+                         trial == 4 ? nullptr : columns.data(), input.most_asked.data(), &histogram,
+                         scratch.data(), scratch_words.data(), want.data());
+          RowMass got;
+          ASSERT_EQ(keep_row_on_device(input, &got), want);
+          EXPECT_EQ(got.total, mass.total);
+          EXPECT_EQ(got.wanted, mass.wanted);
+          EXPECT_EQ(got.kept, mass.kept);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace flexprefill::testing

@@ -435,9 +435,8 @@ TEST(SelectMemory, IsAFewPercentOfTheInputs) {
   std::vector<Execution> all = cuda_executions(Stage::kPrefill);
   all.push_back({.backend = Backend::kCpu, .num_threads = 2});
   for (const Execution& execution : all) {
-    std::vector<Pattern> patterns{FlexPrefill{}, VerticalSlash{}, StreamingLlm{}};
-    if (!is_cuda(execution.backend)) patterns.push_back(BlockCover{});
-    for (const Pattern& pattern : patterns) {
+    for (const Pattern& pattern : {Pattern(FlexPrefill{}), Pattern(VerticalSlash{}),
+                                   Pattern(StreamingLlm{}), Pattern(BlockCover{})}) {
       const auto select_bytes = [&](const AttentionInput& input) {
         return select_workspace_size(input, pattern, execution);
       };

@@ -122,16 +122,16 @@ constexpr int64_t kCoverLeastBlocks = 3;   // always kept: 0, i - 1 and i
 // The rows of a call that ask for columns: the last one, and others before it at even distances.
 struct AskingRows {
   int64_t s_q = 0;
-  int64_t span = 0;
-  int64_t count = 0;
+  int32_t span = 0;
+  int32_t count = 0;
 
   FLEXPREFILL_HOST_DEVICE explicit AskingRows(int64_t rows)
       : s_q(rows),
-        span(rows < kCoverAskingSpan ? rows : kCoverAskingSpan),
-        count(span < kCoverAskingRows ? span : kCoverAskingRows) {}
+        span(static_cast<int32_t>(rows < kCoverAskingSpan ? rows : kCoverAskingSpan)),
+        count(span < kCoverAskingRows ? span : static_cast<int32_t>(kCoverAskingRows)) {}
   // The k-th of them, counted from the call's first row; ascending.
   FLEXPREFILL_HOST_DEVICE int64_t row(int64_t k) const {
-    return s_q - 1 - (count - 1 - k) * span / count;
+    return s_q - 1 - (count - 1 - static_cast<int32_t>(k)) * span / count;
   }
 };
 

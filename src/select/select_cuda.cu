@@ -9,6 +9,7 @@
 //   map_rows         maps of query-aware heads                                 map_cuda.cuh
 //   map_level x 2, map_keep    of large maps
 //   select_by_blocks heads that score blocks one by one                 select_blocks_cuda.cu
+//   select_cover     BlockCover, its audit too                           select_cover_cuda.cu
 //   rows             writes the bits of every other row                        rows_cuda.cuh
 //   audit            if asked
 //
@@ -35,6 +36,7 @@
 #include "select/probe_sm90.h"
 #include "select/rows_cuda.cuh"
 #include "select/select_blocks_cuda.h"
+#include "select/select_cover_cuda.h"
 #include "select/select_rows.h"
 
 namespace flexprefill {
@@ -107,7 +109,8 @@ struct Plan {
       entries.push_back(entry);
       if (!probed[s]) continue;
       any_probed = true;
-      any_probe = window != nullptr || kinds.probe || audited;
+      any_probe = window != nullptr || kinds.probe ||
+                  (audited && !std::holds_alternative<BlockCover>(pattern));
       max_chunks = std::max<int64_t>(max_chunks, entry.chunks);
       max_n_q = std::max(max_n_q, grid.n_q);
       max_n_kv = std::max(max_n_kv, grid.n_kv);
@@ -202,6 +205,13 @@ SelectProblem lay_out(const DeviceProblem& device, const Problem& problem, const
   return select;
 }
 
+CoverMemory lay_out_cover(const Problem& problem, const Pattern& pattern, const Plan& plan,
+                          Arena& arena, SelectProblem& select) {
+  const auto* cover = std::get_if<BlockCover>(&pattern);
+  if (cover == nullptr || !plan.any_probed) return {};
+  return lay_out_cover(problem, *cover, plan.blocks, plan.words, arena, select);
+}
+
 // The launches of one call.
 struct Launches {
   const SelectProblem& select;
@@ -209,6 +219,7 @@ struct Launches {
   const Pattern& pattern;
   const Plan& plan;
   const BlockScoreMemory& blocks;
+  const CoverMemory& cover;
   const bool sm90;  // the probe by wgmma
   void* stream;
 
@@ -289,11 +300,14 @@ struct Launches {
     if (plan.any_probe) probe<Element>();
     if (select.choices != nullptr) choose();
     if (select.map_heads != nullptr) decide_maps<Element>();
-    if (plan.any_probed && select.not_finite != nullptr) {
+    const auto* covers = std::get_if<BlockCover>(&pattern);
+    if (plan.any_probed && covers != nullptr) {
+      select_cover(problem, *covers, select, cover, stream);
+    } else if (plan.any_probed && select.not_finite != nullptr) {
       select_by_blocks(problem, pattern, select, blocks, stream);
     }
     rows();
-    if (select.audit != nullptr) {
+    if (select.audit != nullptr && !(plan.any_probed && covers != nullptr)) {
       launch_overlapped(audit_kernel, dim3(grid_of(heads())), dim3(kAuditThreads),
                         (kAuditThreads / 32) * sizeof(double), stream, select);
     }
@@ -304,10 +318,6 @@ struct Launches {
 
 void select_cuda(const DeviceProblem& device, const Problem& problem, const Pattern& pattern,
                  const Execution& execution, Arena& arena, uint64_t* bits, HeadAudit* audit) {
-  if (std::holds_alternative<BlockCover>(pattern)) {
-    throw Error(ErrorCode::kUnsupported,
-                "pattern: block_cover runs on the reference and cpu backends only so far");
-  }
   const bool hopper = overlaps_kernels() && execution.backend != Backend::kSm80;
   // A size query does not know whether an audit will be asked for, nor, without data, how aligned
   // it will be: enough for both.
@@ -318,6 +328,7 @@ void select_cuda(const DeviceProblem& device, const Problem& problem, const Patt
       Plan plan(problem, pattern, true, sm90);
       SelectProblem select = lay_out(device, problem, pattern, plan, counter);
       lay_out_block_scores(problem, pattern, counter, select);
+      lay_out_cover(problem, pattern, plan, counter, select);
       if (counter.bytes() > arena.bytes()) arena = counter;
     }
     return;
@@ -327,11 +338,12 @@ void select_cuda(const DeviceProblem& device, const Problem& problem, const Patt
   Plan plan(problem, pattern, audit != nullptr, sm90);
   SelectProblem select = lay_out(device, problem, pattern, plan, arena);
   const BlockScoreMemory blocks = lay_out_block_scores(problem, pattern, arena, select);
+  const CoverMemory cover = lay_out_cover(problem, pattern, plan, arena, select);
   select.q_aligned = rows_on_16_bytes(device.q);
   select.k_aligned = rows_on_16_bytes(device.k);
   select.bits = bits;
   select.audit = audit;
-  const Launches launches{select, problem, pattern, plan, blocks, sm90, execution.stream};
+  const Launches launches{select, problem, pattern, plan, blocks, cover, sm90, execution.stream};
   if (problem.dtype == DType::kBFloat16) {
     launches.run<__nv_bfloat16>();
   } else {

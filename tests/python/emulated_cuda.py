@@ -157,6 +157,20 @@ def check_select() -> None:
         close(fp.attend(*GPU, own, **B), fp.attend(*CPU, expected, **B))
 
 
+def check_block_cover() -> None:
+    """Its means are rounded on the device: blocks may differ, figures hardly."""
+    for pattern in (fp.BlockCover(0.6), fp.BlockCover(0.9, 0.5, 96)):
+        index, audit = fp.select(*GPU[:2], pattern, audit=True, **B)
+        expected, expected_audit = fp.select(*CPU[:2], pattern, audit=True, **B)
+        assert abs(index.density - expected.density) < 0.02, pattern
+        np.testing.assert_array_equal(audit.pattern, "block_cover")
+        for field in ("kept_mass", "least_row_mass"):
+            got, want = getattr(audit, field), getattr(expected_audit, field)
+            np.testing.assert_allclose(got, want, atol=0.05)
+        assert (audit.rows_below_gamma.sum() > 0) == (pattern.max_budget is not None)
+        close(fp.attend(*GPU, index, **B), fp.attend(*CPU, index.cpu(), **B))
+
+
 def check_prefill() -> None:
     out, lse, audit = fp.prefill(*GPU, PATTERN, return_lse=True, audit=True, **B)
     expected = fp.prefill(*CPU, PATTERN, return_lse=True, audit=True, **B)
@@ -183,5 +197,6 @@ def check_prefill() -> None:
 
 check_attend()
 check_select()
+check_block_cover()
 check_prefill()
 print("passed")

@@ -23,6 +23,7 @@ PATTERNS = [
     fp.StreamingLlm(100, 300),
     fp.XAttention(16, 0.8),
     fp.FlashPrefill(0.5, 128, 128, 128),
+    fp.BlockCover(0.7),
     fp.MInference(
         [
             fp.MInferenceHead("a_shape", 100, 300),

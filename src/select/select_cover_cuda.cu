@@ -1,0 +1,260 @@
+// BlockCover on the device.
+//
+//   pool_means_kernel  means of 32 queries and of 32 keys, in the element type
+//   asks_kernel        the asking rows by all keys               select_cover_cuda_asks.cuh
+//   columns_kernel     the columns
+//   cover_map_kernel   the map and the decisions, row by row     select_cover_cuda_map.cuh
+//   cover_audit_kernel if asked
+//
+// Workspace at 128k tokens, 32 / 8 heads of 128, blocks of 128, on 132 multiprocessors: 34 MB of
+// means of queries and 8 MB of keys, 17 MB of the asking rows' masses and in their place the rows
+// of the map in work: 4.0 % of q, k and v with the index.
+#include "select/select_cover_cuda.h"
+
+#include <algorithm>
+
+#include "cuda/backend_cuda.h"
+#include "cuda/launch.cuh"
+#include "math.h"
+#include "select/select_cover_cuda_asks.cuh"
+#include "select/select_cover_cuda_map.cuh"
+#include "select/select_rows.h"
+
+namespace flexprefill {
+namespace {
+
+constexpr int64_t kResident = 2;  // thread blocks of the large kernels on a multiprocessor
+
+// ---- Means --------------------------------------------------------------------------------------
+
+constexpr int kPoolMeansThreads = 256;
+
+// Numbers of means, some of them gaps: first those of keys, then those of queries.
+struct PoolMeans {
+  int64_t keys, queries;
+  int32_t keys_of_head, queries_of_head;
+};
+
+// A warp a mean: each element of K and of Q is read once, from memory, which bounds it.
+template <typename Element>
+__global__ void __launch_bounds__(kPoolMeansThreads)
+    pool_means_kernel(const __grid_constant__ SelectProblem select,
+                      const __grid_constant__ CoverParams p, const PoolMeans means) {
+  await_previous_kernel();
+  start_next_kernel();
+  const DeviceProblem& problem = select.problem;
+  int64_t number = int64_t{blockIdx.x} * (kPoolMeansThreads / 32) + threadIdx.x / 32;
+  if (number >= means.keys + means.queries) return;
+  const bool of_keys = number < means.keys;
+  if (!of_keys) number -= means.keys;
+  const int32_t each = of_keys ? means.keys_of_head : means.queries_of_head;
+  const auto nth = static_cast<int32_t>(number % each);
+  const auto head = static_cast<int32_t>(number / each);
+  const int32_t heads = of_keys ? problem.h_kv : problem.h_q;
+  const int32_t s = head / heads, h = head % heads;
+  const DeviceSequence& sequence = problem.sequences[s];
+  if (select.sequences[s].probed == 0) return;
+  const int32_t blocks = of_keys ? sequence.n_kv : sequence.n_q;
+  const int32_t first_block = of_keys ? 0 : sequence.first_q_block;
+  const int32_t position = of_keys ? 0 : sequence.first_position();
+  const int32_t pool = first_block * p.per_block + nth;
+  const int32_t from = pool * kPool > position ? pool * kPool : position;
+  const int32_t to = min(pool * kPool + kPool, sequence.s_kv);
+  if (nth >= blocks * p.per_block || from >= to) return;
+  const int64_t row = (of_keys ? sequence.first_mean + int64_t{h} * blocks
+                               : sequence.first_row + int64_t{h} * blocks) *
+                          p.per_block +
+                      nth;
+  std::byte* mean = (of_keys ? p.memory.k_means : p.memory.q_means) + row * problem.d_qk * 2;
+  const auto store = [&](int32_t unit, const uint4& elements) {
+    reinterpret_cast<uint4*>(mean)[unit] = elements;
+  };
+  if (of_keys && problem.page_table != nullptr) {
+    pool_rows_warp<Element>(
+        to - from, problem.d_qk, select.k_aligned,
+        [&](int32_t i) { return problem.kv_row(problem.k, s, h, from + i); }, store);
+    return;
+  }
+  const std::byte* rows = of_keys ? problem.kv_row(problem.k, s, h, from)
+                                  : problem.q_row(problem.q, s, h, from - position);
+  const int64_t stride = (of_keys ? problem.k : problem.q).row_stride * 2;
+  pool_rows_warp<Element>(
+      to - from, problem.d_qk, of_keys ? select.k_aligned : select.q_aligned,
+      [&](int32_t i) { return rows + i * stride; }, store);
+}
+
+// ---- The audit ----------------------------------------------------------------------------------
+
+constexpr int kCoverAuditThreads = 256;
+
+__global__ void __launch_bounds__(kCoverAuditThreads)
+    cover_audit_kernel(const __grid_constant__ SelectProblem select,
+                       const __grid_constant__ CoverParams p) {
+  await_previous_kernel();
+  start_next_kernel();
+  const DeviceProblem& problem = select.problem;
+  const HeadView view = HeadView::of(select, static_cast<int32_t>(blockIdx.x));
+  const DeviceSequence& sequence = problem.sequences[view.sequence];
+  const auto thread = static_cast<int32_t>(threadIdx.x);
+  if (select.sequences[view.sequence].probed == 0 || select.not_finite[view.number] != 0) {
+    if (thread == 0) select.audit[view.number] = HeadAudit{};
+    return;
+  }
+  auto* scratch = reinterpret_cast<double*>(shared_memory());
+  const CoverHead head(select, view);
+  const AskingRows asking(sequence.s_q);
+  const int64_t head_words = static_cast<int64_t>(sequence.n_q) * sequence.words_per_row;
+  const uint64_t* bits = select.bits + sequence.first_word + view.head * head_words;
+  double kept = 0, columns = 0, mass = 0;  // blocks: exact, far below 2^53
+  for (int64_t w = thread; w < head_words; w += kCoverAuditThreads) kept += __popcll(bits[w]);
+  for (int32_t w = thread; w < sequence.words_per_row; w += kCoverAuditThreads) {
+    columns += __popcll(p.memory.columns[head.first_word + w]);
+  }
+  const int32_t groups = CoverParams::groups(problem.block_size);
+  const auto first =
+      static_cast<int32_t>((sequence.first_position() + asking.row(0)) / problem.block_size);
+  const float* masses = p.memory.group_mass + head.first_block * groups;
+  for (int32_t g = 0; first + g < sequence.n_kv; ++g) {
+    const uint64_t* row =
+        bits + int64_t{first + g - sequence.first_q_block} * sequence.words_per_row;
+    for (int32_t j = thread; j <= first + g; j += kCoverAuditThreads) {
+      if (has_bit(row, j)) mass += static_cast<double>(masses[int64_t{g} * sequence.n_kv + j]);
+    }
+  }
+  kept = sum_cta<kCoverAuditThreads>(kept, scratch);
+  columns = sum_cta<kCoverAuditThreads>(columns, scratch);
+  mass = sum_cta<kCoverAuditThreads>(mass, scratch);
+  if (thread != 0) return;
+  select.audit[view.number] = {
+      .pattern = HeadPattern::kBlockCover,
+      .vertical_blocks = static_cast<int32_t>(columns),
+      .kept_mass = static_cast<float>(mass / static_cast<double>(asking.count)),
+      .density = static_cast<float>(kept / static_cast<double>(causal_blocks_of(sequence))),
+      .least_row_mass = std::bit_cast<float>(p.memory.least_share[view.number]),
+      .rows_below_gamma = p.memory.rows_below[view.number]};
+}
+
+// ---- The host's half ----------------------------------------------------------------------------
+
+int32_t means_of_block(const Problem& problem) { return problem.block_size / kPool; }
+int32_t tile_blocks(const Problem& problem) { return CoverTile::kRows / means_of_block(problem); }
+
+int64_t map_tasks(const Problem& problem) {
+  int64_t most = 0;
+  for (const BlockGrid& grid : problem.grids) most = std::max(most, grid.n_q);
+  return ceil_div(most, tile_blocks(problem)) * problem.b() * problem.h_q;
+}
+
+// Tiles of keys of a thread block of asks_kernel. Its rows, its launch and its end are taken to
+// cost as much as a tile; thread blocks come in waves of kResident a multiprocessor.
+int32_t chunk_tiles(const Problem& problem, const Pattern& pattern) {
+  int64_t most = 1;
+  for (int64_t s = 0; s < problem.b(); ++s) {
+    if (stays_dense(problem.lengths[s], problem.block_size, pattern)) continue;
+    most = std::max(most, ceil_div(problem.lengths[s].s_kv, CoverTile::kColumns));
+  }
+  const auto cost = [&](int64_t tiles) {
+    int64_t ctas = 0;
+    for (int64_t s = 0; s < problem.b(); ++s) {
+      if (stays_dense(problem.lengths[s], problem.block_size, pattern)) continue;
+      ctas += problem.h_q * ceil_div(problem.lengths[s].s_kv, tiles * CoverTile::kColumns);
+    }
+    return ceil_div(ctas, kResident * device_info().multiprocessors) * (tiles + 1);
+  };
+  constexpr int64_t kTried = 96, kMostChunks = 128;  // more make a row's sum long
+  const int64_t least = ceil_div(most, kMostChunks);
+  int64_t best = least;
+  for (int64_t i = 0; i <= kTried; ++i) {
+    const int64_t tiles = least + (most - least) * i / kTried;
+    if (cost(tiles) < cost(best)) best = tiles;
+  }
+  return static_cast<int32_t>(best);
+}
+
+template <typename Element>
+void launch_all(const Problem& problem, const SelectProblem& select, CoverParams p, void* stream) {
+  const auto heads = static_cast<int64_t>(select.problem.b) * problem.h_q;
+  PoolMeans means{};
+  means.keys_of_head = select.problem.max_n_kv * p.per_block;
+  means.queries_of_head = select.problem.max_n_q * p.per_block;
+  means.keys = static_cast<int64_t>(select.problem.b) * problem.h_kv * means.keys_of_head;
+  means.queries = heads * means.queries_of_head;
+  launch_overlapped(pool_means_kernel<Element>,
+                    dim3(grid_of(ceil_div(means.keys + means.queries, kPoolMeansThreads / 32))),
+                    dim3(kPoolMeansThreads), 0, stream, select, p, means);
+
+  const auto with_ring = [&](size_t beside) {
+    p.stages = ring_stages<CoverTile>(problem.d_qk, static_cast<int64_t>(beside), kResident);
+    const size_t ring = CoverTile::shared_bytes(problem.d_qk, p.stages);
+    p.ring_bytes = static_cast<int32_t>(ring);
+    return ring + beside;
+  };
+  const size_t asks_bytes = with_ring(sizeof(AsksShared));
+  launch_overlapped(asks_kernel<Element>, dim3(grid_of(heads * p.memory.max_chunks)),
+                    dim3(CoverTile::kThreads), asks_bytes, stream, select, p);
+  launch_overlapped(columns_kernel, dim3(grid_of(heads * p.slices)), dim3(kColumnsThreads),
+                    sizeof(ColumnsShared), stream, select, p);
+  const size_t map_bytes = with_ring(sizeof(MapShared));
+  launch_overlapped(cover_map_kernel<Element>,
+                    dim3(grid_of(std::min<int64_t>(p.memory.ctas, p.tasks))),
+                    dim3(CoverTile::kThreads), map_bytes, stream, select, p);
+  if (select.audit == nullptr) return;
+  launch_overlapped(cover_audit_kernel, dim3(grid_of(heads)), dim3(kCoverAuditThreads),
+                    (kCoverAuditThreads / 32 + 1) * sizeof(double), stream, select, p);
+}
+
+}  // namespace
+
+CoverMemory lay_out_cover(const Problem& problem, const BlockCover& pattern, int64_t blocks,
+                          int64_t words, Arena& arena, SelectProblem& select) {
+  const int64_t heads = problem.b() * problem.h_q;
+  const int64_t row_bytes = int64_t{problem.d_qk} * 2 * means_of_block(problem);
+  int64_t mean_rows = 0;
+  CoverMemory memory;
+  for (int64_t s = 0; s < problem.b(); ++s) {
+    mean_rows += problem.h_kv * problem.grids[s].n_kv;
+    memory.pitch = std::max(memory.pitch, static_cast<int32_t>(problem.grids[s].n_kv));
+    memory.max_chunks = std::max(memory.max_chunks, static_cast<int32_t>(problem.lengths[s].s_kv));
+  }
+  memory.chunk_tiles = chunk_tiles(problem, pattern);
+  memory.max_chunks =
+      static_cast<int32_t>(ceil_div(memory.max_chunks, memory.chunk_tiles * CoverTile::kColumns));
+  memory.ctas = std::min(map_tasks(problem), kResident * device_info().multiprocessors);
+  memory.scratch_bytes = cover_scratch_bytes(tile_blocks(problem), memory.pitch);
+
+  select.kind = HeadRule::Kind::kBlocks;
+  select.not_finite = arena.take<uint8_t>(heads);
+  select.tickets = arena.take<uint32_t>(2 * heads);
+  memory.k_means = arena.take<std::byte>(mean_rows * row_bytes);
+  memory.q_means = arena.take<std::byte>(problem.first_row.back() * row_bytes);
+  memory.chunk_stats = arena.take<float2>(heads * memory.max_chunks * CoverTile::kRows);
+  memory.most_asked = arena.take<float>(blocks);
+  memory.group_mass = arena.take<float>(blocks * CoverParams::groups(problem.block_size));
+  memory.columns = arena.take<uint64_t>(words);
+  memory.least_share = arena.take<uint32_t>(heads);
+  memory.rows_below = arena.take<int32_t>(heads);
+  const int64_t masses = blocks * CoverTile::kRows * static_cast<int64_t>(sizeof(float));
+  memory.scratch = arena.take<std::byte>(std::max(masses, memory.ctas * memory.scratch_bytes));
+  memory.masses = reinterpret_cast<float*>(memory.scratch);
+  return memory;
+}
+
+void select_cover(const Problem& problem, const BlockCover& pattern, const SelectProblem& select,
+                  const CoverMemory& memory, void* stream) {
+  CoverParams p{};
+  p.memory = memory;
+  if (select.audit == nullptr) p.memory.group_mass = nullptr;
+  p.rule = block_cover_rule(pattern, problem.block_size);
+  p.per_block = means_of_block(problem);
+  p.tile_blocks = tile_blocks(problem);
+  grid_of(map_tasks(problem));  // numbers that fit
+  p.tasks = static_cast<int32_t>(map_tasks(problem));
+  p.slices = static_cast<int32_t>(ceil_div(memory.pitch, kColumnsSlice));
+  if (problem.dtype == DType::kBFloat16) {
+    launch_all<__nv_bfloat16>(problem, select, p, stream);
+  } else {
+    launch_all<__half>(problem, select, p, stream);
+  }
+}
+
+}  // namespace flexprefill

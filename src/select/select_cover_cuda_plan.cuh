@@ -1,0 +1,132 @@
+// What the kernels of BlockCover share: a call's parameters, and means of a few rows.
+#ifndef FLEXPREFILL_SRC_SELECT_SELECT_COVER_CUDA_PLAN_CUH_
+#define FLEXPREFILL_SRC_SELECT_SELECT_COVER_CUDA_PLAN_CUH_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "select/block_rules.h"
+#include "select/select_blocks_cuda_plan.cuh"
+#include "select/select_blocks_cuda_rows.cuh"
+#include "select/select_blocks_cuda_tile.cuh"
+#include "select/select_cover_cuda.h"
+#include "select/select_device.cuh"
+
+namespace flexprefill {
+
+using CoverTile = ProductTile<2, true>;
+constexpr int32_t kPool = static_cast<int32_t>(kCoverPool);
+static_assert(kCoverAskingRows == CoverTile::kRows);
+
+struct CoverParams {
+  CoverMemory memory;
+  BlockCoverRule rule;
+  int32_t per_block;    // means of a block
+  int32_t tile_blocks;  // query blocks of a task of the map
+  int32_t tasks;        // some of them gaps
+  int32_t stages;       // of the ring
+  int32_t slices;       // of a head's columns
+  int32_t ring_bytes;   // with the resident rows
+
+  // Query blocks that hold asking rows, at most.
+  __host__ __device__ static int32_t groups(int32_t block_size) {
+    return static_cast<int32_t>(kCoverAskingSpan) / block_size + 1;
+  }
+};
+
+// A head's arrays.
+struct CoverHead {
+  HeadView view;
+  int64_t first_block;  // of arrays with an entry a key block
+  int64_t first_word;
+
+  __device__ CoverHead(const SelectProblem& select, const HeadView& head) : view(head) {
+    const SelectSequence& plan = select.sequences[head.sequence];
+    const DeviceSequence& sequence = select.problem.sequences[head.sequence];
+    first_block = plan.first_block + static_cast<int64_t>(head.head) * sequence.n_kv;
+    first_word = plan.first_word + static_cast<int64_t>(head.head) * sequence.words_per_row;
+  }
+};
+
+// A warp: the mean of n rows of d elements, n <= kPool, rounded to the element type.
+// store(unit, elements) gets every unit of eight.
+template <typename Element, typename Row, typename Store>
+__device__ inline void pool_rows_warp(int32_t n, int32_t d, bool aligned, const Row& row,
+                                      const Store& store) {
+  const auto lane = static_cast<int32_t>(threadIdx.x) % 32;
+  const int32_t units = d / 8;          // of a row, 2 to 32
+  const int32_t together = 32 / units;  // rows that the warp reads at once
+  const int32_t unit = lane % units;
+  float sums[8] = {};
+  if (lane < together * units) {
+#pragma unroll 4
+    for (int32_t i = lane / units; i < n; i += together) {
+      const uint4 x = load_eight(row(i) + unit * 16, aligned);
+      const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        sums[2 * e] += Operand<Element>::low(pairs[e]);
+        sums[2 * e + 1] += Operand<Element>::high(pairs[e]);
+      }
+    }
+  }
+  float mean[8];
+#pragma unroll
+  for (int e = 0; e < 8; ++e) mean[e] = sums[e];
+#pragma unroll 1
+  for (int32_t from = units; from < together * units; from += units) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) mean[e] += __shfl_sync(kWholeWarp, sums[e], unit + from);
+  }
+  const float inverse = 1.0f / static_cast<float>(n);
+#pragma unroll
+  for (float& x : mean) x *= inverse;
+  if (lane < units) {
+    store(lane, uint4{pack<Element>(mean[0], mean[1]), pack<Element>(mean[2], mean[3]),
+                      pack<Element>(mean[4], mean[5]), pack<Element>(mean[6], mean[7])});
+  }
+}
+
+// The scores of a thread, multiplied by the scale unless it is above 0: then exponentials do that.
+__device__ inline float scale_scores(float scale, TileScores& x) {
+  if (scale > 0) return scale;
+#pragma unroll
+  for (int m = 0; m < 4; ++m) {
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+#pragma unroll
+      for (float& score : x[m][n]) score *= scale;
+    }
+  }
+  return 1;
+}
+
+// Score (r, n, e) of a thread: row me.row0 + 16 (r / 2) + 8 (r % 2), column me.column0 + 8 n + e.
+__device__ inline float& score_at(TileScores& x, int r, int n, int e) {
+  return x[r / 2][n][2 * (r % 2) + e];
+}
+__device__ inline int32_t row_at(const TileThread& me, int r) {
+  return me.row0 + 16 * (r / 2) + 8 * (r % 2);
+}
+
+// The greatest of x and y in units of log2 that exponentials can be relative to: `scale` times a
+// score may not be finite.
+__device__ inline float scaled_max(float highest, float scale) {
+  return fmaxf(highest * scale, -FLT_MAX);
+}
+
+// max and sum of exp2(score - max) of several parts of a row, put together.
+struct RowSum {
+  float max = -FLT_MAX, sum = 0;
+
+  __device__ void add(float more_max, float more_sum) {
+    const float highest = fmaxf(max, more_max);
+    sum = sum * exp2_approx(max - highest) + more_sum * exp2_approx(more_max - highest);
+    max = highest;
+  }
+  __device__ float log() const { return max + log2f(sum); }
+};
+
+}  // namespace flexprefill
+
+#endif  // FLEXPREFILL_SRC_SELECT_SELECT_COVER_CUDA_PLAN_CUH_
