@@ -242,6 +242,7 @@ def patterns(bench: Bench, n: int) -> None:
         "xattention 16": fp.XAttention(16, 0.9),
         "xattention 8": fp.XAttention(8, 0.9),
         "flash_prefill": fp.FlashPrefill(alpha=FLASH_PREFILL_ALPHA),
+        "block_cover": fp.BlockCover(),
         "minference": fp.MInference([kinds[h % 3] for h in range(heads)]),
         "minference, block-sparse": fp.MInference([kinds[2]] * heads),
     }.items():
@@ -380,7 +381,7 @@ def lengths_of(section: str, args: argparse.Namespace) -> list[int]:
 # Of each length: kernels that are measured, their work in dense calls (at 500 TFLOP/s), and
 # seconds in which others compile (FlashAttention-4 once, flex_attention and Triton's each time).
 _WORK = {
-    "attend": (3, 1.0), "dense": (4, 5.0), "prefill": (7, 3.0), "patterns": (18, 5.0),
+    "attend": (3, 1.0), "dense": (4, 5.0), "prefill": (7, 3.0), "patterns": (20, 5.0),
     "shapes": (13, 16.0), "chunks": (9, 7.0), "rule": (40, 20.0),
 }  # fmt: skip
 

@@ -38,6 +38,7 @@ OTHERS: dict[str, Callable[[int], Any]] = {  # of so many query heads
     "vertical_slash": lambda _: fp.VerticalSlash(1024, 4096),
     "xattention": lambda _: fp.XAttention(16, 0.9),
     "flash_prefill": lambda _: fp.FlashPrefill(alpha=0.18),
+    "block_cover": lambda _: fp.BlockCover(),
     "minference": lambda heads: fp.MInference([KINDS[h % 3] for h in range(heads)]),
     "block_sparse": lambda heads: fp.MInference([KINDS[2]] * heads),
 }
