@@ -180,7 +180,7 @@ def check_prefill() -> None:
     given = empty_there(out, tuple(out.shape))
     # By itself it is dense at this size.
     close(fp.prefill(*GPU, PATTERN, **B), fp.attend(*CPU, **B))
-    assert fp.prefill(*GPU, PATTERN, out=given, **B) is given
+    assert fp.prefill(*GPU, PATTERN, out=given, **B, backend="sm90") is given
     close(given, expected[0])
     starts = {"cu_seqlens_q": [0, 70, S], "cu_seqlens_kv": [0, 70, S]}
     close(
