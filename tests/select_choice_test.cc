@@ -21,6 +21,7 @@ std::vector<float> random_scores(std::mt19937& random, int64_t size, bool flat) 
     const int k = kind(random);
     x = flat ? 1 : k == 0 ? 0 : k < 4 ? 0.01 : std::exp(3 * normal(random));
   }
+  if (size == 1) wide[0] = 1;  // a 0 alone would become NaN
   const double sum = std::accumulate(wide.begin(), wide.end(), 0.0);
   std::vector<float> scores;
   for (const double x : wide) scores.push_back(static_cast<float>(x / sum));

@@ -171,7 +171,7 @@ def test_what_is_refused():
 
 def test_another_stream():
     tensors = inputs(s=4096)
-    expected = fp.prefill(*tensors)
+    expected = fp.prefill(*tensors, **named())
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -179,7 +179,7 @@ def test_another_stream():
         late = [torch.zeros_like(x) for x in tensors]
         for x, y in zip(late, tensors, strict=True):
             x.copy_(y)
-        out = fp.prefill(*late)
+        out = fp.prefill(*late, **named())
         index = fp.select(*late[:2])
         attended = fp.attend(*late, index)
     stream.synchronize()
@@ -247,8 +247,11 @@ def test_compile(mode):
     compiled = torch.compile(layer, fullgraph=True, mode=mode)
     for seed in range(3):
         tensors = inputs(s=2048, seed=seed)
-        # The compiled sum is not rounded to bf16 in between: one unit in the last place of lse.
-        torch.testing.assert_close(compiled(*tensors).clone(), layer(*tensors), rtol=0, atol=0.04)
+        # The compiled sum is not rounded to bf16 in between: one unit in the last place of it or
+        # of lse.
+        torch.testing.assert_close(
+            compiled(*tensors).clone(), layer(*tensors), rtol=2**-7, atol=0.04
+        )
 
 
 def test_opcheck():
@@ -301,7 +304,7 @@ def test_other_frameworks(framework):
     else:
         theirs = [module.from_dlpack(x) for x in tensors]
     torch.cuda.synchronize()
-    out, lse = fp.prefill(*theirs, pattern, return_lse=True)
+    out, lse = fp.prefill(*theirs, pattern, return_lse=True, **named())
     index = fp.select(*theirs[:2], pattern)
     attended = fp.attend(*theirs, index)
     assert type(out) is type(theirs[0])
