@@ -171,16 +171,17 @@ class Computer {
     if (!kPlain) change_scores(s, work);
     release_keys(last);
     float rescale[2];
-    if (softmax_.follow(s, params_.scale_log2, rescale)) {
-      sm90::wgmma_wait<0>();
-      sm90::wgmma_pin(o_);
-#pragma unroll
-      for (int e = 0; e < Shape::kDimV / 2; ++e) o_[e] *= rescale[e / 2 % 2];
-    }
-    // Not after the exponentials: packing then overlaps with them, which is worth the wait.
+    const bool moved = softmax_.follow(s, params_.scale_log2, rescale);
+    // Here and not in the branch: the warps of a warpgroup wait together or not at all, and each
+    // decides for itself whether its offset moved. Not after the exponentials: packing then
+    // overlaps with them, which is worth the wait.
     sm90::wgmma_wait<0>();
     sm90::wgmma_pin(o_);
     warp_arrive(&shared_.v_empty[values.stage]);
+    if (moved) {
+#pragma unroll
+      for (int e = 0; e < Shape::kDimV / 2; ++e) o_[e] *= rescale[e / 2 % 2];
+    }
     softmax_.weigh(s, params_.scale_log2);
     pack(s, p);
   }
