@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 BLOCK = 128
+SAVED_SHARE = 0.7  # kSavedShare
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def fit(found: list[Case]) -> Rule:
 def goes_dense(rule: Rule, case: Case) -> bool:
     """As prefill_is_dense."""
     cost = rule.select_us + rule.select_tile_us * case.probe
-    return cost >= rule.attend_tile_us * case.saved
+    return cost >= SAVED_SHARE * rule.attend_tile_us * case.saved
 
 
 def main() -> None:
