@@ -351,9 +351,10 @@ class Computer {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int32_t row = own_row + 8 * r;
-      if (row < work.row_begin || row >= work.row_end) continue;  // the quad's four lanes alike
+      // All lanes go the whole way: shuffles of a quad alone would let a warp's quads take turns.
+      const bool exists = row >= work.row_begin && row < work.row_end;
       const float inverse = 1 / softmax_.sum[r];
-      if (work.lse != nullptr && lane % 4 == 0) {
+      if (exists && work.lse != nullptr && lane % 4 == 0) {
         work.lse[row] = softmax_.lse(r, params_.scale_log2);
       }
       auto* out = reinterpret_cast<uint16_t*>(work.out) + row * problem.out.row_stride;
@@ -368,7 +369,7 @@ class Computer {
         }
         transpose_quad(part, lane);
         const int32_t column = 8 * (g + lane % 4);
-        if (column < problem.d_v) {
+        if (exists && column < problem.d_v) {
           *reinterpret_cast<uint4*>(out + column) = {part[0], part[1], part[2], part[3]};
         }
       }
@@ -386,14 +387,13 @@ class Computer {
 
   // Lane l of the quad gets part[l] of lanes 0 to 3.
   __device__ static void transpose_quad(uint32_t (&part)[4], int32_t lane) {
-    const uint32_t quad = 0xfu << (lane & ~3);
 #pragma unroll
     for (int step = 1; step <= 2; step *= 2) {
       const bool upper = (lane & step) != 0;
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
         const int low = step == 1 ? 2 * pair : pair, high = low + step;
-        const uint32_t received = __shfl_xor_sync(quad, upper ? part[low] : part[high], step);
+        const uint32_t received = __shfl_xor_sync(0xffffffff, upper ? part[low] : part[high], step);
         (upper ? part[low] : part[high]) = received;
       }
     }
