@@ -294,22 +294,25 @@ class Checker {
                                     (chunk * Shape::kTileKv + key) * sm90::kChunkColumns);
   }
 
-  // Eight lanes a row of a chunk; where a column lies within it does not matter.
+  // Eight lanes a row of a chunk; where a column lies within it does not matter. Computing warps
+  // wait for the diagonal's tile in every row of work, so: many loads under way, no branch for a
+  // unit.
   __device__ void check(uint32_t stage, int keys) {
     const int end = min(first_ + kRows, keys);
-    bool found = false;
-    for (int key = first_ + lane_ / 8; key < first_ + kRows; key += 4) {
+    uint32_t bits = 0;
+    for (int first = first_; first < end; first += 16) {
 #pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-        uint4* unit = row(stage, c, key) + lane_ % 8;
-        if (key >= end) {
-          *unit = {0, 0, 0, 0};
-        } else {
-          found |= unit_not_finite(*unit);
-        }
+      for (int i = 0; i < 16; i += 4) {
+        const int key = min(first + i + lane_ / 8, end - 1);
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) bits |= unit_bits(row(stage, c, key)[lane_ % 8]);
       }
     }
-    const bool any = __any_sync(0xffffffff, found) != 0;
+    for (int key = max(first_, end) + lane_ / 8; key < first_ + kRows; key += 4) {
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) row(stage, c, key)[lane_ % 8] = {0, 0, 0, 0};
+    }
+    const bool any = __any_sync(0xffffffff, (bits & kNotFinite) != 0) != 0;
     if (lane_ == 0) shared_.not_finite[stage][warp_] = any;
     if (any) clear_not_finite(stage, end);
   }
@@ -326,10 +329,10 @@ class Checker {
     if (lane_ == 0) shared_.not_finite[stage][warp_] = false;
   }
 
-  __device__ static bool unit_not_finite(const uint4& unit) {
+  __device__ static uint32_t unit_bits(const uint4& unit) {
     using Element = typename Shape::Element;
-    return any_not_finite<Element>(unit.x) || any_not_finite<Element>(unit.y) ||
-           any_not_finite<Element>(unit.z) || any_not_finite<Element>(unit.w);
+    return not_finite_bits<Element>(unit.x) | not_finite_bits<Element>(unit.y) |
+           not_finite_bits<Element>(unit.z) | not_finite_bits<Element>(unit.w);
   }
 
   __device__ void clear_not_finite(uint32_t stage, int end) {

@@ -120,12 +120,18 @@ __device__ inline float unpack(uint32_t pair, int high) {
   }
 }
 
-// Whether one of the two elements is NaN or infinite: all bits of an exponent set.
+// Bits of kNotFinite are set where an element of the pair is NaN or infinite: all bits of its
+// exponent are. To be gathered by |, without a branch.
+constexpr uint32_t kNotFinite = 0x80008000;
 template <typename Element>
-__device__ inline bool any_not_finite(uint32_t pair) {
+__device__ inline uint32_t not_finite_bits(uint32_t pair) {
   constexpr uint32_t kExponents = std::is_same_v<Element, __nv_bfloat16> ? 0x7f807f80 : 0x7c007c00;
   constexpr uint32_t kLowest = std::is_same_v<Element, __nv_bfloat16> ? 0x00800080 : 0x04000400;
-  return (((pair & kExponents) + kLowest) & 0x80008000) != 0;
+  return (pair & kExponents) + kLowest;
+}
+template <typename Element>
+__device__ inline bool any_not_finite(uint32_t pair) {
+  return (not_finite_bits<Element>(pair) & kNotFinite) != 0;
 }
 
 }  // namespace flexprefill
