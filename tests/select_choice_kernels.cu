@@ -203,9 +203,9 @@ ChoiceResult choose_on_device(const ChoiceInput& input) {
       launch(map_level_kernel, dim3(2), dim3(kMapThreads), sizeof(MapShared), nullptr, select, 0,
              level, pieces);
     }
-    launch(map_keep_kernel, dim3(2), dim3(kMapThreads), sizeof(MapShared), nullptr, select, 0,
-           narrow((grid.n_q + kMapKeepRows - 1) / kMapKeepRows));
   }
+  launch(map_keep_kernel, dim3(2), dim3(kMapThreads), sizeof(KeepShared), nullptr, select, 0,
+         narrow((grid.n_q + kMapKeepRows - 1) / kMapKeepRows));
   result.kept = DeviceArrays::get(select.bits, grid.n_q * words);
   result.map = DeviceArrays::get(select.maps, select.map_room);
   return result;

@@ -2,12 +2,12 @@
 // of its blocks that covers gamma. Which heads these are is known on the device alone: choose lists
 // them, and every kernel here is a fixed grid that walks over the list.
 //   map_rows    rows of a map from block means, their softmax, level 0 of the cover; the last
-//   thread
-//               block of a head descends, and where maps are small decides the rest too
+//               thread block of a head descends, and where maps are small to the end
 //   map_level   levels 1 and 2 of large maps                               items: 16384 entries
-//   map_keep    the kept blocks of large maps, as bits of the index        items: 64 rows
+//   map_keep    the kept blocks as bits of the index, where maps take turns
 // "Last" is who takes the last ticket: nobody waits. Maps take the place of the scores, which are
-// not read any more, as many at a time as there is room for (MapPlace).
+// not read any more, as many at a time as there is room for (MapPlace); where there is room for
+// all, `rows` (rows_cuda.cuh) reads what they keep.
 #ifndef FLEXPREFILL_SRC_SELECT_MAP_CUDA_CUH_
 #define FLEXPREFILL_SRC_SELECT_MAP_CUDA_CUH_
 
@@ -24,19 +24,16 @@ constexpr int kMapRows = kMapThreads / 32;  // of an item of map_rows: a warp's 
 constexpr int kMapKeys = 64;                // means of key blocks in shared memory at a time
 constexpr int kMapDepth = 64;               // columns of them
 constexpr int kMapPitch = kMapDepth + 4;
-// Up to so many key blocks one thread block makes all decisions of a head: its sweeps cost less
-// than the launches of more kernels.
+// Up to so many key blocks one thread block finds a head's threshold: its sweeps cost less than the
+// launches of more kernels.
 constexpr int kSmallMap = 256;
 constexpr int kMapPiece = 16384;  // entries of an item of map_level
-constexpr int kMapKeepRows = 64;  // of an item of map_keep
-constexpr int kMapTieRows = 256;  // rows whose ties are counted together
+constexpr int kMapKeepRows = 16;  // rows of a thread block that says what is kept
 
 struct MapShared {
   float q[kMapRows][256];
   float k[kMapKeys * kMapPitch];  // the means' partial sums borrow it
   TakeShared<kMapThreads> take;
-  int64_t sums[kMapThreads / 32];
-  int32_t row_ties[kMapTieRows];
   uint32_t last;
 };
 static_assert(kMapKeys * kMapPitch >= kMapThreads * 8);
@@ -244,67 +241,104 @@ __device__ void make_map_rows(const SelectProblem& select, const HeadMap& map, i
 // ---- What is kept
 // ------------------------------------------------------------------------------------
 
-// Ties in rows [first, end), at most kMapTieRows, to shared.row_ties; returns those before.
+struct KeepShared {
+  int64_t sums[kMapThreads / 32];
+  int32_t row_ties[kMapKeepRows];
+};
+
+// Ties in rows [first, end), at most kMapKeepRows, to shared.row_ties; returns those before.
 __device__ inline int64_t count_map_ties(const HeadMap& map, const Taken& taken, int32_t first,
-                                         int32_t end, MapShared& shared) {
+                                         int32_t end, KeepShared& shared) {
   const auto thread = static_cast<int32_t>(threadIdx.x);
-  const auto equal = [&](int64_t e) {
-    return std::bit_cast<uint32_t>(__ldcg(map.map + e)) == taken.threshold ? 1 : 0;
-  };
+  const auto equal = [&](float x) { return std::bit_cast<uint32_t>(x) == taken.threshold ? 1 : 0; };
+  const int64_t entries = map.row_start(first);
   int64_t before = 0;
-  for (int64_t e = thread; e < map.row_start(first); e += kMapThreads) before += equal(e);
+  SpanEntries<kMapThreads>{map.map, entries}.visit(0, entries,
+                                                   [&](float x) { before += equal(x); });
   before = sum_cta<kMapThreads>(before, shared.sums);
   for (int32_t r = first + thread / 32; r < end; r += kMapThreads / 32) {
+    const float* row = map.map + map.row_start(r);
     int32_t ties = 0;
-    for (int32_t j = thread % 32; j < map.row_keys(r); j += 32) ties += equal(map.row_start(r) + j);
-    for (int lanes = 16; lanes > 0; lanes /= 2) {
-      ties += __shfl_xor_sync(0xffffffffu, ties, lanes);
-    }
+    for (int32_t j = thread % 32; j < map.row_keys(r); j += 32) ties += equal(__ldcg(row + j));
+    ties = __reduce_add_sync(0xffffffffu, ties);
     if (thread % 32 == 0) shared.row_ties[r - first] = ties;
   }
   __syncthreads();
   return before;
 }
 
-// The bits of rows [first, end), at most kMapTieRows of them: what the map keeps, a warp a row.
-__device__ inline void keep_map_rows(const HeadMap& map, const Taken& taken, int32_t first,
-                                     int32_t end, MapShared& shared) {
+// Rows [first, end) where only some of the entries that equal the threshold are kept, which is
+// rare: a warp a row, from word to word.
+template <typename Store>
+__device__ void keep_tied_rows(const HeadMap& map, const Taken& taken, int32_t first, int32_t end,
+                               KeepShared& shared, const Store& store) {
   const auto thread = static_cast<int32_t>(threadIdx.x);
   const int32_t lane = thread % 32;
-  const bool ties = taken.ties > 0;
-  const int64_t before = ties ? count_map_ties(map, taken, first, end, shared) : 0;
+  const int64_t before = count_map_ties(map, taken, first, end, shared);
   for (int32_t r = first + thread / 32; r < end; r += kMapThreads / 32) {
     const float* row = map.map + map.row_start(r);
     const int32_t keys = map.row_keys(r);
     int64_t rank = before;  // of the next entry that equals the threshold
-    if (ties) {
-      for (int32_t i = 0; i < r - first; ++i) rank += shared.row_ties[i];
-    }
+    for (int32_t i = 0; i < r - first; ++i) rank += shared.row_ties[i];
     for (int32_t w = 0; w < map.words; ++w) {
       uint32_t halves[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int32_t j = w * 64 + half * 32 + lane;
         const uint32_t x = j < keys ? std::bit_cast<uint32_t>(__ldcg(row + j)) : 0;
-        bool kept = j < keys && x > taken.threshold;
-        if (ties) {
-          const bool equal = j < keys && x == taken.threshold;
-          const uint32_t all = __ballot_sync(0xffffffffu, equal ? 1 : 0);
-          kept = kept || (equal && rank + __popc(all & ((1u << lane) - 1)) < taken.ties);
-          rank += __popc(all);
-        }
+        const bool equal = j < keys && x == taken.threshold;
+        const uint32_t all = __ballot_sync(0xffffffffu, equal ? 1 : 0);
+        const bool kept = (j < keys && x > taken.threshold) ||
+                          (equal && rank + __popc(all & ((1u << lane) - 1)) < taken.ties);
+        rank += __popc(all);
         halves[half] = __ballot_sync(0xffffffffu, kept ? 1 : 0);
       }
-      if (lane == 0) {
-        map.bits[static_cast<int64_t>(r) * map.words + w] =
-            halves[0] | static_cast<uint64_t>(halves[1]) << 32;
-      }
+      if (lane == 0) store(r, w, halves[0] | static_cast<uint64_t>(halves[1]) << 32);
     }
   }
-  __syncthreads();
 }
 
-// The last thread block of a head, after level 0: all else where maps are small, or the walk.
+// What the map keeps of rows [first, end), at most kMapKeepRows of them, by kMapThreads:
+// store(r, w, word w of row r). A warp has the loads of kAtOnce words under way: with one after the
+// other, rows were a chain of waits for L2 (18 us at 16k tokens, 100 at 32k).
+template <typename Store>
+__device__ void keep_map_rows(const HeadMap& map, const Taken& taken, int32_t first, int32_t end,
+                              KeepShared& shared, const Store& store) {
+  constexpr int kAtOnce = 4, kWarps = kMapThreads / 32;
+  const bool all = taken.count == map.size;
+  if (taken.ties > 0 && !all) {
+    return keep_tied_rows(map, taken, first, end, shared, store);
+  }
+  const auto thread = static_cast<int32_t>(threadIdx.x);
+  const int32_t lane = thread % 32, items = (end - first) * map.words;
+  for (int32_t begin = thread / 32; begin < items; begin += kAtOnce * kWarps) {
+    float x[kAtOnce][2];
+    int32_t left[kAtOnce];  // keys from this lane's first on
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int32_t item = begin + i * kWarps, r = first + item / map.words;
+      const int32_t j = item % map.words * 64 + lane;
+      left[i] = item < items ? map.row_keys(r) - j : 0;
+      const float* from = map.map + map.row_start(r) + j;
+      x[i][0] = left[i] > 0 ? __ldcg(from) : 0.0f;
+      x[i][1] = left[i] > 32 ? __ldcg(from + 32) : 0.0f;
+    }
+    uint64_t own = 0;  // lane i's is word i
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const auto kept = [&](int half) {
+        const bool more = all || std::bit_cast<uint32_t>(x[i][half]) > taken.threshold;
+        return __ballot_sync(0xffffffffu, left[i] > 32 * half && more ? 1 : 0);
+      };
+      const uint64_t word = kept(0) | static_cast<uint64_t>(kept(1)) << 32;
+      if (lane == i) own = word;
+    }
+    const int32_t item = begin + lane * kWarps;
+    if (lane < kAtOnce && item < items) store(first + item / map.words, item % map.words, own);
+  }
+}
+
+// The last thread block of a head, after level 0: what is taken where maps are small, or the walk.
 __device__ inline void finish_map_level0(const SelectProblem& select, const HeadMap& map,
                                          bool small, MapShared& shared) {
   MapState& state = select.map_states[map.head.number];
@@ -319,19 +353,14 @@ __device__ inline void finish_map_level0(const SelectProblem& select, const Head
   });
   const bool found = descend_level0(mass_limit(select.gamma, map.n_q), shared.take);
   Taken taken{.count = map.size, .threshold = 0, .ties = map.size};  // all fit
-  if (small) {
-    if (found) {
-      taken = finish_take_cta<kMapThreads>(SpanEntries<kMapThreads>{map.map, map.size}, map.size,
-                                           shared.take);
-    }
-    for (int32_t r = 0; r < map.n_q; r += kMapTieRows) {
-      keep_map_rows(map, taken, r, min(r + kMapTieRows, map.n_q), shared);
-    }
-  } else if (threadIdx.x == 0) {
-    state.walk = shared.take.descend.walk;
-    state.taken = taken;
-    state.done = found ? 0 : 1;
+  if (small && found) {
+    taken = finish_take_cta<kMapThreads>(SpanEntries<kMapThreads>{map.map, map.size}, map.size,
+                                         shared.take);
   }
+  if (threadIdx.x != 0) return;
+  state.walk = shared.take.descend.walk;
+  state.taken = taken;
+  state.done = found ? 0 : 1;
 }
 
 // ---- Kernels
@@ -340,7 +369,7 @@ __device__ inline void finish_map_level0(const SelectProblem& select, const Head
 // Each for the maps of one turn.
 
 template <typename Element>
-__global__ void __launch_bounds__(kMapThreads, 3)
+__global__ void __launch_bounds__(kMapThreads, 2)
     map_rows_kernel(const SelectProblem select, int32_t turn, int32_t max_strips, bool small) {
   await_previous_kernel();
   start_next_kernel();
@@ -407,14 +436,18 @@ static __global__ void __launch_bounds__(kMapThreads)
     map_keep_kernel(const SelectProblem select, int32_t turn, int32_t max_tiles) {
   await_previous_kernel();
   start_next_kernel();
-  auto& shared = *reinterpret_cast<MapShared*>(shared_memory());
+  auto& shared = *reinterpret_cast<KeepShared*>(shared_memory());
   const int64_t heads = *select.map_count;
   for (int64_t item = blockIdx.x; item < heads * max_tiles; item += gridDim.x) {
     const HeadMap map(select, select.map_heads[item % heads]);
     const auto first = static_cast<int32_t>(item / heads * kMapKeepRows);
     if (!is_open(select, map, turn) || first >= map.n_q) continue;
     keep_map_rows(map, select.map_states[map.head.number].taken, first,
-                  min(first + kMapKeepRows, map.n_q), shared);
+                  min(first + kMapKeepRows, map.n_q), shared,
+                  [&](int32_t r, int32_t w, uint64_t word) {
+                    map.bits[static_cast<int64_t>(r) * map.words + w] = word;
+                  });
+    __syncthreads();  // shared is free for the next item
   }
 }
 

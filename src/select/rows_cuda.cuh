@@ -3,6 +3,7 @@
 #define FLEXPREFILL_SRC_SELECT_ROWS_CUDA_CUH_
 
 #include "cuda/launch.cuh"
+#include "select/map_cuda.cuh"
 #include "select/select_device.cuh"
 
 namespace flexprefill {
@@ -52,8 +53,8 @@ __device__ inline HeadChoice choice_of(const SelectProblem& select, const HeadVi
 
 // ---- Rows ---------------------------------------------------------------------------------------
 
-constexpr int kRowsThreads = 256;
-constexpr int kRowsTile = 64;  // rows of a CTA
+constexpr int kRowsThreads = kMapThreads;
+constexpr int kRowsTile = kMapKeepRows;  // rows of a CTA
 
 static __global__ void __launch_bounds__(kRowsThreads)
     rows_kernel(const SelectProblem select, int32_t tiles) {
@@ -79,6 +80,16 @@ static __global__ void __launch_bounds__(kRowsThreads)
   const uint64_t* slash_bits = select.slash_bits + 2 * choice + (query_aware ? words : 0);
   uint64_t* to = select.bits + sequence.first_word +
                  (static_cast<int64_t>(head.head) * sequence.n_q + first) * words;
+  if (query_aware && select.maps_in_rows) {
+    auto& shared = *reinterpret_cast<KeepShared*>(shared_memory());
+    keep_map_rows(HeadMap(select, head.number), select.map_states[head.number].taken, first,
+                  first + rows, shared, [&](int32_t r, int32_t w, uint64_t kept) {
+                    to[(r - first) * words + w] =
+                        kept | row_word(select.vertical_bits + choice, slash_bits, sequence.n_kv,
+                                        sequence.first_q_block + r, w);
+                  });
+    return;
+  }
   for (int32_t e = static_cast<int32_t>(threadIdx.x); e < rows * words; e += kRowsThreads) {
     const int32_t w = e % words;
     const int64_t i = sequence.first_q_block + first + e / words;
@@ -90,7 +101,7 @@ static __global__ void __launch_bounds__(kRowsThreads)
     } else if (pattern == HeadPattern::kDense) {
       to[e] = range_word(0, i + 1, w);
     } else {
-      // What the map keeps is there already.
+      // What the map keeps is there already (map_keep).
       const uint64_t kept = query_aware ? to[e] : 0;
       to[e] = kept | row_word(select.vertical_bits + choice, slash_bits, sequence.n_kv, i, w);
     }

@@ -195,6 +195,7 @@ SelectProblem lay_out(const DeviceProblem& device, const Problem& problem, const
     select.map_sums = arena.take<MapSums>(heads);
     select.map_room = std::max(2 * plan.keys, plan.max_map);
     plan.place_maps(problem, select.map_room);
+    select.maps_in_rows = plan.turns == 1;
   }
   // The scores, and in their place the maps.
   auto* scores = arena.take<float>(std::max(2 * plan.keys, select.map_room));
@@ -264,7 +265,7 @@ struct Launches {
 
   // A grid for up to `items` of each head that walks over what there is.
   dim3 map_grid(int64_t items) const {
-    return dim3(grid_of(std::min<int64_t>(heads() * items, 3 * device_info().multiprocessors)));
+    return dim3(grid_of(std::min<int64_t>(heads() * items, 2 * device_info().multiprocessors)));
   }
   template <typename Element>
   void decide_maps() const {
@@ -275,12 +276,12 @@ struct Launches {
     for (int32_t turn = 0; turn < plan.turns; ++turn) {
       launch_overlapped(map_rows_kernel<Element>, map_grid(strips), dim3(kMapThreads),
                         sizeof(MapShared), stream, select, turn, strips, small);
-      if (small) continue;
-      for (int32_t level = 1; level < Histogram::kLevels; ++level) {
+      for (int32_t level = 1; level < Histogram::kLevels && !small; ++level) {
         launch_overlapped(map_level_kernel, map_grid(pieces), dim3(kMapThreads), sizeof(MapShared),
                           stream, select, turn, level, pieces);
       }
-      launch_overlapped(map_keep_kernel, map_grid(tiles), dim3(kMapThreads), sizeof(MapShared),
+      if (select.maps_in_rows) continue;
+      launch_overlapped(map_keep_kernel, map_grid(tiles), dim3(kMapThreads), sizeof(KeepShared),
                         stream, select, turn, tiles);
     }
   }
@@ -289,8 +290,8 @@ struct Launches {
     int64_t n_q = 0;
     for (const BlockGrid& grid : problem.grids) n_q = std::max(n_q, grid.n_q);
     const int64_t tiles = ceil_div(n_q, kRowsTile);
-    launch_overlapped(rows_kernel, dim3(grid_of(heads() * tiles)), dim3(kRowsThreads), 0, stream,
-                      select, static_cast<int32_t>(tiles));
+    launch_overlapped(rows_kernel, dim3(grid_of(heads() * tiles)), dim3(kRowsThreads),
+                      sizeof(KeepShared), stream, select, static_cast<int32_t>(tiles));
   }
 
   template <typename Element>

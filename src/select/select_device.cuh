@@ -118,6 +118,7 @@ struct SelectProblem {
   MapSums* map_sums;     // [heads]
   float* maps;           // [map_room]: pattern.h has a map's layout
   int64_t map_room;
+  bool maps_in_rows;  // all have room at once: rows_kernel reads what they keep
 
   uint64_t* bits;
   HeadAudit* audit;  // [heads] or nullptr
