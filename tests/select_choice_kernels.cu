@@ -169,7 +169,6 @@ ChoiceResult choose_on_device(const ChoiceInput& input) {
   select.pooled = arrays.put(input.pooled);
   select.k_means = arrays.put(input.k_means);
   select.choices = arrays.take<HeadChoice>(1);
-  select.tickets = arrays.put(std::vector<uint32_t>(2));
   select.parts = arrays.take<CoverPart>(2 * plan.slices);
   select.vertical_bits = arrays.take<uint64_t>(words);
   select.slash_bits = arrays.take<uint64_t>(2 * words);
@@ -181,9 +180,12 @@ ChoiceResult choose_on_device(const ChoiceInput& input) {
   select.maps = arrays.take<float>(select.map_room);
   select.bits = arrays.take<uint64_t>(grid.n_q * words);
 
-  launch(plan.slices > 1 ? choose_kernel<true> : choose_kernel<false>,
-         dim3(static_cast<uint32_t>(2 * plan.slices)), dim3(kChooseThreads), sizeof(ChooseShared),
-         nullptr, select, plan.slices);
+  if (plan.slices > 1) {
+    launch(slices_kernel, dim3(static_cast<uint32_t>(2 * plan.slices)), dim3(kChooseThreads),
+           sizeof(ChooseShared), nullptr, select, plan.slices);
+  }
+  launch(plan.slices > 1 ? choose_kernel<true> : choose_kernel<false>, dim3(2),
+         dim3(kChooseThreads), sizeof(ChooseShared), nullptr, select);
   ChoiceResult result;
   result.choice = DeviceArrays::get(select.choices, 1)[0];
   result.vertical_block = DeviceArrays::get(select.vertical_block, grid.n_kv);

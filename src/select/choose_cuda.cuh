@@ -1,10 +1,13 @@
 // The decisions of select on the device, as pattern.h makes them: bit-equal given equal scores;
 // only the sum of jsd_sqrt is in another order.
 //
-// A thread block takes a slice of a head's scores, of keys or of distances: it finishes them (slash
-// scores across chunks), adds up blocks, and makes level 0 of the cover. The last of a head's and
-// array's goes on alone with the cover, the distance and the pattern (keys), and the best blocks.
-// Which pattern the head has is not known where distances are chosen, so these are chosen for both.
+//   slices   a thread block takes a slice of a head's scores, of keys or of distances: it finishes
+//            them (slash scores across chunks), adds up blocks, and makes level 0 of the cover
+//   choose   a thread block takes a head's keys or distances: the cover, the distance and the
+//   pattern
+//            (keys), and the best blocks
+// Where no sequence has more than one slice, `choose` does all of it. Which pattern the head has is
+// not known where distances are chosen, so these are chosen for both.
 #ifndef FLEXPREFILL_SRC_SELECT_CHOOSE_CUDA_CUH_
 #define FLEXPREFILL_SRC_SELECT_CHOOSE_CUDA_CUH_
 
@@ -21,16 +24,19 @@ constexpr int kSliceEntries = 8192;
 constexpr int kSliceEach = kSliceEntries / kChooseThreads;
 // Block scores that are kept in shared memory while the best are looked for.
 constexpr int kStagedBlocks = 8192;
+// Up to so many blocks each thread counts how many go before its own: no chain of steps, and one
+// order serves every number of blocks to keep.
+constexpr int kRankedBlocks = 256;
 
 struct ChooseShared {
   union {
     TakeShared<kChooseThreads> take;
-    float staged[kStagedBlocks];
+    alignas(16) int32_t staged[kStagedBlocks];  // bits of floats, in the order of the floats
   };
   double sums[kChooseThreads / 32];
   float maxima[kChooseThreads / 32];
   uint32_t ties[kChooseThreads / 32];
-  uint32_t last;
+  int32_t before[kChooseThreads];  // of each block, blocks that go before it; in parts
 };
 
 // A head's scores of keys or of distances.
@@ -51,8 +57,11 @@ struct HeadScores {
     blocks = (of_slash ? select.slash_block : select.vertical_block) + plan.first_block +
              static_cast<int64_t>(head.head) * n;
   }
-  // Of the array among all heads' two.
-  __device__ int64_t number() const { return int64_t{2} * head.number + (of_slash ? 1 : 0); }
+  __device__ CoverPart* parts(const SelectProblem& select) const {  // [slices]
+    const SelectSequence& plan = select.sequences[head.sequence];
+    return select.parts + plan.first_part +
+           (int64_t{2} * head.head + (of_slash ? 1 : 0)) * plan.slices;
+  }
 };
 
 // ---- A slice
@@ -132,33 +141,19 @@ __device__ inline void sum_slice_masses(const HeldEntries& held,
   shared.for_own_buckets([&](int i, BucketSum& sum) { sum = shared.level0.sum(i); });
 }
 
-// Level 0 of all slices of an array, in shared.buckets of its last thread block; true there.
-__device__ inline bool gather_slices(const SelectProblem& select, const HeadScores& scores,
-                                     int32_t slice, ChooseShared& shared) {
-  const SelectSequence& plan = select.sequences[scores.head.sequence];
-  CoverPart* parts = select.parts + plan.first_part +
-                     (int64_t{2} * scores.head.head + (scores.of_slash ? 1 : 0)) * plan.slices;
-  if (select.by_blocks) {
-    shared.take.for_own_buckets([&](int i, BucketSum& sum) {
-      parts[slice].weight[i] = sum.weight;
-      parts[slice].count[i] = static_cast<uint32_t>(sum.count);
-    });
-  }
-  if (!is_last_cta(&select.tickets[scores.number()], static_cast<uint32_t>(plan.slices),
-                   shared.last)) {
-    return false;
-  }
-  if (select.by_blocks) {
-    shared.take.for_own_buckets([&](int i, BucketSum& sum) {
-      sum = {};
-#pragma unroll 4
-      for (int32_t s = 0; s < plan.slices; ++s) {
-        sum.weight += __ldcg(&parts[s].weight[i]);
-        sum.count += __ldcg(&parts[s].count[i]);
-      }
-    });
-  }
-  return true;
+// Level 0 of all slices of an array, in shared.buckets.
+__device__ inline void gather_slices(const SelectProblem& select, const HeadScores& scores,
+                                     TakeShared<kChooseThreads>& shared) {
+  const int32_t slices = select.sequences[scores.head.sequence].slices;
+  const CoverPart* parts = scores.parts(select);
+  shared.for_own_buckets([&](int i, BucketSum& sum) {
+    sum = {};
+#pragma unroll 8
+    for (int32_t s = 0; s < slices; ++s) {
+      sum.weight += parts[s].weight[i];
+      sum.count += parts[s].count[i];
+    }
+  });
 }
 
 // ---- The choice
@@ -206,22 +201,55 @@ template <typename Entries>
 __device__ int64_t cover_blocks_cta(const SelectProblem& select, const HeadScores& scores,
                                     int64_t low, int64_t high, const Entries& entries,
                                     ChooseShared& shared) {
-  int64_t count = scores.s_kv;
-  if (descend_level0(mass_limit(select.gamma, 1), shared.take)) {
-    count = finish_take_cta<kChooseThreads>(entries, scores.s_kv, shared.take).count;
+  const auto blocks = [&](uint64_t count) {
+    return cover_blocks(static_cast<int64_t>(count) + 1, select.problem.block_size,
+                        {.gamma = select.gamma, .tau = 0, .min_blocks = low, .max_blocks = high});
+  };
+  const DescendShared<kChooseThreads>& at = shared.take.descend;
+  if (!descend_level0(mass_limit(select.gamma, 1), shared.take)) {
+    return blocks(static_cast<uint64_t>(scores.s_kv));
   }
-  return cover_blocks(count + 1, select.problem.block_size,
-                      {.gamma = select.gamma, .tau = 0, .min_blocks = low, .max_blocks = high});
+#pragma unroll 1
+  for (int level = 1; level < Histogram::kLevels; ++level) {
+    // What is left open is how much of one bucket is taken, not all of it; seldom is that another
+    // number of blocks after level 1.
+    const int64_t least = blocks(at.walk.count);
+    if (least == blocks(at.walk.count + at.inside - 1)) return least;
+    descend_entries<kChooseThreads>(entries, scores.s_kv, level, shared.take);
+  }
+  return blocks(static_cast<uint64_t>(at.walk.taken(Weight::kMass).count));
 }
 
-// Brings the block scores to shared memory, entry 0 above all others, where there is room. Ends
-// with a barrier.
+// Threads of a CTA that rank n <= kRankedBlocks blocks side by side.
+__device__ inline int32_t rank_width(int32_t n) { return n <= 64 ? 64 : n <= 128 ? 128 : 256; }
+
+// Brings the block scores to shared memory, entry 0 above all others, where there is room; and
+// counts for each how many go before it, if there are few. Ends with a barrier.
 __device__ inline void stage_blocks(const HeadScores& scores, ChooseShared& shared) {
+  const auto thread = static_cast<int32_t>(threadIdx.x);
   __syncthreads();  // what was there may be in use
   if (scores.n > kStagedBlocks) return;
-  for (int32_t e = static_cast<int32_t>(threadIdx.x); e < scores.n; e += kChooseThreads) {
-    shared.staged[e] = e == 0 ? INFINITY : __ldcg(scores.blocks + e);
+  for (int32_t e = thread; e < scores.n; e += kChooseThreads) {
+    shared.staged[e] = std::bit_cast<int32_t>(e == 0 ? INFINITY : __ldcg(scores.blocks + e));
   }
+  const bool ranked = scores.n <= kRankedBlocks;
+  const int32_t width = rank_width(scores.n);
+  if (ranked && thread >= scores.n && thread < width) shared.staged[thread] = -1;
+  __syncthreads();
+  if (!ranked) return;
+  // Thread e + p * width: entry e among part p of the others.
+  const int32_t each = width * width / kChooseThreads, e = thread % width;
+  const int32_t first = thread / width * each;
+  const int32_t own = shared.staged[e];
+  int32_t before = 0;
+#pragma unroll 2
+  for (int32_t i = first; i < first + each; i += 4) {
+    const int4 x = *reinterpret_cast<const int4*>(shared.staged + i);
+    // Of equal ones the lower entry goes before.
+    before += (x.x > own - (i < e) ? 1 : 0) + (x.y > own - (i + 1 < e) ? 1 : 0) +
+              (x.z > own - (i + 2 < e) ? 1 : 0) + (x.w > own - (i + 3 < e) ? 1 : 0);
+  }
+  shared.before[thread] = before;
   __syncthreads();
 }
 
@@ -229,11 +257,28 @@ __device__ inline void stage_blocks(const HeadScores& scores, ChooseShared& shar
 // After stage_blocks.
 __device__ inline void choose_blocks(const HeadScores& scores, int64_t count, uint64_t* bits,
                                      ChooseShared& shared) {
+  if (scores.n <= kRankedBlocks) {
+    const auto place = static_cast<int32_t>(threadIdx.x);
+    const int32_t width = rank_width(scores.n);
+    if (place >= width) return;
+    const bool there = place < scores.n;
+    const int32_t e = there && scores.of_slash ? scores.n - 1 - place : place;
+    int32_t before = 0;
+    for (int32_t i = e; i < kChooseThreads; i += width) before += shared.before[i];
+    const uint32_t word = __ballot_sync(0xffffffffu, there && before < count ? 1 : 0);
+    if (place % 32 == 0 && place < (scores.n + 63) / 64 * 64) {
+      reinterpret_cast<uint32_t*>(bits)[place / 32] = word;
+    }
+    return;
+  }
   const bool staged = scores.n <= kStagedBlocks;
   const auto value = [&](int32_t e) {
-    return staged ? shared.staged[e] : e == 0 ? INFINITY : __ldcg(scores.blocks + e);
+    return staged   ? std::bit_cast<float>(shared.staged[e])
+           : e == 0 ? INFINITY
+                    : __ldcg(scores.blocks + e);
   };
-  const Taken taken = take_count_cta<kChooseThreads>(scores.n, static_cast<uint64_t>(count), value);
+  const Taken taken =
+      take_count_cta<kChooseThreads>(scores.n, static_cast<uint64_t>(count), value, shared.ties);
   write_taken_bits<kChooseThreads>(scores.n, taken, scores.of_slash, value, shared.ties, bits);
 }
 
@@ -310,33 +355,55 @@ __device__ void choose_distances(const SelectProblem& select, const HeadScores& 
   choose_blocks(scores, plan.slash_low, bits + sequence.words_per_row, shared);
 }
 
-// Thread blocks: head, keys or distances, slice. kSliced: some sequence has more than one slice.
-template <bool kSliced>
-__global__ void __launch_bounds__(kChooseThreads, kSliced ? 2 : 1)
-    choose_kernel(const SelectProblem select, int32_t max_slices) {
+// ---- Kernels
+// -----------------------------------------------------------------------------------------
+
+// Whether the probe chooses the head's blocks.
+__device__ inline bool is_chosen(const SelectProblem& select, const HeadView& head) {
+  return select.sequences[head.sequence].probed != 0 &&
+         select.kind_of(head.head) == HeadRule::Kind::kProbe;
+}
+
+// Thread blocks: head, keys or distances, slice. Of calls with more than one slice somewhere.
+static __global__ void __launch_bounds__(kChooseThreads, 2)
+    slices_kernel(const SelectProblem select, int32_t max_slices) {
   await_previous_kernel();
   start_next_kernel();
   auto x = static_cast<int32_t>(blockIdx.x);
   const int32_t slice = x % max_slices;
   x /= max_slices;
   const HeadScores scores(select, x / 2, x % 2 != 0);
-  const SelectSequence& plan = select.sequences[scores.head.sequence];
-  if (plan.probed == 0 || slice >= plan.slices) return;
-  if (select.kind_of(scores.head.head) != HeadRule::Kind::kProbe) return;
-  if (select.dead[scores.head.number] != 0) {
-    if (slice == 0 && !scores.of_slash && threadIdx.x == 0) {
-      select.choices[scores.head.number].pattern = HeadPattern::kDense;
-    }
-    return;
-  }
+  if (slice >= select.sequences[scores.head.sequence].slices) return;
+  if (!is_chosen(select, scores.head) || select.dead[scores.head.number] != 0) return;
   auto& shared = *reinterpret_cast<ChooseShared*>(shared_memory());
   const int32_t first = slice * kSliceEntries;
   HeldEntries held;
   load_slice(select, scores, first, held);
   sum_slice_blocks(scores, first, select.problem.block_size, held);
-  if (select.by_blocks) sum_slice_masses(held, shared.take);
-  if (kSliced && plan.slices > 1 && !gather_slices(select, scores, slice, shared)) return;
-  __syncthreads();  // block sums
+  if (!select.by_blocks) return;
+  sum_slice_masses(held, shared.take);
+  CoverPart& part = scores.parts(select)[slice];
+  shared.take.for_own_buckets([&](int i, BucketSum& sum) {
+    part.weight[i] = sum.weight;
+    part.count[i] = static_cast<uint32_t>(sum.count);
+  });
+}
+
+// Thread blocks: head, keys or distances. kSliced: after slices_kernel.
+template <bool kSliced>
+__global__ void __launch_bounds__(kChooseThreads, 1) choose_kernel(const SelectProblem select) {
+  await_previous_kernel();
+  start_next_kernel();
+  const auto x = static_cast<int32_t>(blockIdx.x);
+  const HeadScores scores(select, x / 2, x % 2 != 0);
+  if (!is_chosen(select, scores.head)) return;
+  if (select.dead[scores.head.number] != 0) {
+    if (!scores.of_slash && threadIdx.x == 0) {
+      select.choices[scores.head.number].pattern = HeadPattern::kDense;
+    }
+    return;
+  }
+  auto& shared = *reinterpret_cast<ChooseShared*>(shared_memory());
   const auto choose = [&](const auto& entries) {
     if (scores.of_slash) {
       choose_distances(select, scores, entries, shared);
@@ -345,8 +412,14 @@ __global__ void __launch_bounds__(kChooseThreads, kSliced ? 2 : 1)
     }
   };
   if constexpr (kSliced) {
+    if (select.by_blocks) gather_slices(select, scores, shared.take);
     choose(SpanEntries<kChooseThreads>{scores.entries, scores.s_kv});
   } else {
+    HeldEntries held;
+    load_slice(select, scores, 0, held);
+    sum_slice_blocks(scores, 0, select.problem.block_size, held);
+    if (select.by_blocks) sum_slice_masses(held, shared.take);
+    __syncthreads();  // block sums
     choose(held);
   }
 }

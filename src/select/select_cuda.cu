@@ -5,12 +5,15 @@
 //   probe_stats      pass 1 of the probe, means of the key blocks              probe_cuda.cuh
 //   probe_scores     pass 2: vertical and slash scores
 //   pool             the probe's logits by block means
-//   choose           covers and choices, head by head                          choose_cuda.cuh
+//   slices           of long sequences: scores by slices                       choose_cuda.cuh
+//   choose           covers and choices, head by head
 //   map_rows         maps of query-aware heads                                 map_cuda.cuh
-//   map_level x 2, map_keep    of large maps
+//   map_level x 2    of large maps
+//   map_keep         of maps that take turns
 //   select_by_blocks heads that score blocks one by one                 select_blocks_cuda.cu
 //   select_cover     BlockCover, its audit too                           select_cover_cuda.cu
-//   rows             writes the bits of every other row                        rows_cuda.cuh
+//   rows             writes the bits of every other row, and of maps that do not take turns
+//                                                                              rows_cuda.cuh
 //   audit            if asked
 //
 // A pattern runs what it needs: a window without audit and dense rows the first kernel and rows,
@@ -174,7 +177,6 @@ SelectProblem lay_out(const DeviceProblem& device, const Problem& problem, const
   select.vertical_block = arena.take<float>(plan.blocks);
   select.slash_block = arena.take<float>(plan.blocks);
   select.choices = arena.take<HeadChoice>(heads);
-  select.tickets = arena.take<uint32_t>(2 * heads);
   select.vertical_bits = arena.take<uint64_t>(plan.words);
   select.slash_bits = arena.take<uint64_t>(2 * plan.words);
   const auto* flex = std::get_if<FlexPrefill>(&pattern);
@@ -258,9 +260,14 @@ struct Launches {
   }
 
   void choose() const {
-    const auto kernel = plan.max_slices > 1 ? choose_kernel<true> : choose_kernel<false>;
-    launch_overlapped(kernel, dim3(grid_of(heads() * 2 * plan.max_slices)), dim3(kChooseThreads),
-                      sizeof(ChooseShared), stream, select, static_cast<int32_t>(plan.max_slices));
+    const dim3 arrays(grid_of(2 * heads()));
+    if (plan.max_slices > 1) {
+      launch_overlapped(slices_kernel, dim3(grid_of(2 * heads() * plan.max_slices)),
+                        dim3(kChooseThreads), sizeof(ChooseShared), stream, select,
+                        static_cast<int32_t>(plan.max_slices));
+    }
+    launch_overlapped(plan.max_slices > 1 ? choose_kernel<true> : choose_kernel<false>, arrays,
+                      dim3(kChooseThreads), sizeof(ChooseShared), stream, select);
   }
 
   // A grid for up to `items` of each head that walks over what there is.

@@ -106,7 +106,7 @@ struct SelectProblem {
   float* block_mass;    // [heads, 2, n_kv], of the probe's two query blocks; nullptr: not asked
   float* k_means;       // [K/V heads, n_kv, d]
   CoverPart* parts;     // [heads, keys or distances, slices]; nullptr: one slice everywhere
-  uint32_t* tickets;    // [heads, 2]: slices that are done
+  uint32_t* tickets;    // [heads, 2]: of BlockCover; thread blocks that are done
   HeadChoice* choices;  // [heads]; slash_blocks: unless the head is query-aware
   uint64_t* vertical_bits;  // [heads, words]
   uint64_t* slash_bits;     // [heads, 2, words]: unless the head is query-aware, and if it is

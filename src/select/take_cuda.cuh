@@ -24,13 +24,26 @@ template <int kThreads>
 struct SpanEntries {
   const float* x;
   int64_t size;
+  // Loads under way at a time, before the first f: what f does keeps the compiler from moving a
+  // later load above it, and then a thread waits for L2 once an entry.
+  static constexpr int kAtOnce = 16;
 
   template <typename F>
   __device__ void visit(int64_t begin, int64_t end, const F& f) const {
-    const auto n = static_cast<int32_t>((end < size ? end : size) - begin);
-    const float* from = x + begin;
-#pragma unroll 4
-    for (int32_t e = static_cast<int32_t>(threadIdx.x); e < n; e += kThreads) f(__ldcg(from + e));
+    const auto thread = static_cast<int32_t>(threadIdx.x);
+    const float* from = x + begin + thread;
+    auto left = static_cast<int32_t>((end < size ? end : size) - begin) - thread;
+    for (; left > 0; left -= kAtOnce * kThreads, from += kAtOnce * kThreads) {
+      float some[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        some[i] = left > i * kThreads ? __ldcg(from + i * kThreads) : 0.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (left > i * kThreads) f(some[i]);
+      }
+    }
   }
 };
 
@@ -106,6 +119,7 @@ struct CtaMasses {
 template <int kThreads>
 struct DescendShared {
   HistogramWalk walk;
+  uint64_t inside;  // entries of the bucket that does not fit
   uint64_t weight[kThreads / 32], count[kThreads / 32];
   bool found;
 };
@@ -153,6 +167,7 @@ __device__ bool descend_cta(int level, int first, DescendShared<kThreads>& share
       if (at >= 0) continue;
       if (buckets[i].weight > left - above.weight) {
         at = top - i;
+        shared.inside = buckets[i].count;
       } else {
         above += buckets[i];
       }
@@ -246,15 +261,22 @@ __device__ bool descend_level0(uint64_t limit, TakeShared<kThreads>& shared) {
                                                      [&](int i) { return shared.buckets[i]; });
 }
 
+// One level more of shared.descend, after level 0.
+template <int kThreads, typename Entries>
+__device__ void descend_entries(const Entries& entries, int64_t size, int level,
+                                TakeShared<kThreads>& shared) {
+  const HistogramWalk walk = shared.descend.walk;
+  sum_level<kThreads>(entries, size, level, walk, shared.level);
+  descend_cta<kThreads, LevelSums::kBuckets>(level, 0, shared.descend,
+                                             [&](int i) { return shared.level.sum(i, walk); });
+}
+
 // What is taken, from shared.descend.walk after level 0.
 template <int kThreads, typename Entries>
 __device__ Taken finish_take_cta(const Entries& entries, int64_t size,
                                  TakeShared<kThreads>& shared) {
   for (int level = 1; level < Histogram::kLevels; ++level) {
-    const HistogramWalk walk = shared.descend.walk;
-    sum_level<kThreads>(entries, size, level, walk, shared.level);
-    descend_cta<kThreads, LevelSums::kBuckets>(level, 0, shared.descend,
-                                               [&](int i) { return shared.level.sum(i, walk); });
+    descend_entries<kThreads>(entries, size, level, shared);
   }
   return shared.descend.walk.taken(Weight::kMass);
 }
@@ -284,9 +306,10 @@ __device__ Taken take_mass_cta(const Entries& entries, int64_t size, uint64_t li
 //
 // value(e): entry e of n, asked for often: best in shared memory.
 
-// The `limit` largest; every thread gets the result. All threads of the block together.
-template <int kThreads, typename Value>
-__device__ Taken take_count_cta(int32_t n, uint64_t limit, const Value& value) {
+// The `limit` largest; every thread gets the result. scratch [kThreads / 32] in shared memory, of
+// an unsigned type. All threads of the block together.
+template <int kThreads, typename Value, typename Scratch>
+__device__ Taken take_count_cta(int32_t n, uint64_t limit, const Value& value, Scratch* scratch) {
   if (static_cast<uint64_t>(n) <= limit) return {.count = n, .threshold = 0, .ties = n};
   const auto most = static_cast<int32_t>(limit);
   // How many entries are at least `bits`.
@@ -301,7 +324,23 @@ __device__ Taken take_count_cta(int32_t n, uint64_t limit, const Value& value) {
   uint32_t threshold = 0;  // the largest value that more than `limit` entries reach
   for (int bit = 30; bit >= 0; --bit) {
     const uint32_t higher = threshold | 1u << bit;
-    if (count(higher) > most) threshold = higher;
+    const int32_t reach = count(higher);
+    if (reach > most) threshold = higher;
+    if (reach != most) continue;
+    // Mostly long before the last bit: they are the ones to take, and the threshold is the highest
+    // of the others.
+    uint32_t best = 0;
+    for (int32_t e = static_cast<int32_t>(threadIdx.x); e < n; e += kThreads) {
+      const auto x = std::bit_cast<uint32_t>(value(e));
+      if (x < higher && x > best) best = x;
+    }
+    best = __reduce_max_sync(0xffffffffu, best);
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = best;
+    __syncthreads();
+    for (int warp = 0; warp < kThreads / 32; ++warp) {
+      if (scratch[warp] > best) best = static_cast<uint32_t>(scratch[warp]);
+    }
+    return {.count = most, .threshold = best, .ties = 0};
   }
   return {.count = most, .threshold = threshold, .ties = most - count(threshold + 1)};
 }
@@ -358,8 +397,8 @@ template <int kThreads>
 __device__ Taken take_largest_cta(const float* x, int64_t size, Weight weight, uint64_t limit,
                                   TakeShared<kThreads>& shared) {
   if (weight == Weight::kCount) {
-    return take_count_cta<kThreads>(static_cast<int32_t>(size), limit,
-                                    [&](int32_t e) { return x[e]; });
+    return take_count_cta<kThreads>(
+        static_cast<int32_t>(size), limit, [&](int32_t e) { return x[e]; }, shared.descend.count);
   }
   return take_mass_cta<kThreads>(SpanEntries<kThreads>{x, size}, size, limit, shared);
 }
