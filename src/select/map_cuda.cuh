@@ -89,17 +89,29 @@ __device__ void mean_of_block(const SelectProblem& select, const HeadMap& map, i
       problem.q_row(problem.q, map.head.sequence, map.head.head, begin) + piece * 16;
   const int64_t stride = problem.q.row_stride * 2;
   float sums[8] = {};
-  if (group < groups) {
-#pragma unroll 8
-    for (int32_t i = group; i < end - begin; i += groups) {
-      const uint4 x = load_eight(row + i * stride, select.q_aligned);
-      const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
+  const auto add = [&](const uint4& x) {
+    const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        sums[2 * e] += Operand<Element>::low(pairs[e]);
-        sums[2 * e + 1] += Operand<Element>::high(pairs[e]);
-      }
+    for (int e = 0; e < 4; ++e) {
+      sums[2 * e] += Operand<Element>::low(pairs[e]);
+      sums[2 * e + 1] += Operand<Element>::high(pairs[e]);
     }
+  };
+  const int32_t rows = group < groups ? end - begin : 0;
+  if (select.q_aligned) {
+    constexpr int kAtOnce = 16;  // loads under way: queries come from memory
+    for (int32_t i = group; i < rows; i += kAtOnce * groups) {
+      uint4 some[kAtOnce];
+#pragma unroll
+      for (int l = 0; l < kAtOnce; ++l) {
+        const int32_t r = i + l * groups;
+        some[l] = r < rows ? *reinterpret_cast<const uint4*>(row + r * stride) : uint4{0, 0, 0, 0};
+      }
+#pragma unroll
+      for (int l = 0; l < kAtOnce; ++l) add(some[l]);  // a 0 more changes no sum
+    }
+  } else {
+    for (int32_t i = group; i < rows; i += groups) add(load_eight(row + i * stride, false));
   }
 #pragma unroll
   for (int e = 0; e < 8; ++e) partial[lane * 8 + e] = sums[e];
@@ -135,30 +147,60 @@ struct RunningSoftmax {
   }
 };
 
-// scores of the warp's row: scale * q_mean . k_mean in units of log2 of the keys [first, first +
-// 64) to row[first ..], as far as the row goes. All threads of the block together.
-__device__ inline void score_row(const SelectProblem& select, const HeadMap& map,
-                                 const float* k_means, int32_t first, int32_t keys,
-                                 float share_of_last, MapShared& shared, float* row,
-                                 RunningSoftmax& softmax) {
+// Means of 64 key blocks by 64 columns on their way to shared memory.
+struct MapTile {
+  static constexpr int kEach = kMapKeys * kMapDepth / 4 / kMapThreads;
+  float4 x[kEach];
+
+  // Blocks [first, ..) and columns [column, ..); 0 beyond n blocks or d columns.
+  __device__ void load(const float* k_means, int32_t first, int32_t n, int32_t column, int32_t d) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int32_t e = static_cast<int32_t>(threadIdx.x) + i * kMapThreads;
+      const int32_t key = first + e / (kMapDepth / 4), c = column + e % (kMapDepth / 4) * 4;
+      x[i] = key < n && c < d
+                 ? *reinterpret_cast<const float4*>(k_means + static_cast<int64_t>(key) * d + c)
+                 : float4{0, 0, 0, 0};
+    }
+  }
+  __device__ void store(float* to) const {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int32_t e = static_cast<int32_t>(threadIdx.x) + i * kMapThreads;
+      *reinterpret_cast<float4*>(&to[e / (kMapDepth / 4) * kMapPitch + e % (kMapDepth / 4) * 4]) =
+          x[i];
+    }
+  }
+};
+
+// scores of the warp's row of `keys` key blocks: scale * q_mean . k_mean in units of log2, to
+// row[0 ..]. All threads of the block together, for the most_keys of the longest row; the next tile
+// of means is under way while one is multiplied.
+__device__ inline RunningSoftmax score_row(const SelectProblem& select, const HeadMap& map,
+                                           const float* k_means, int32_t most_keys, int32_t keys,
+                                           float share_of_last, MapShared& shared, float* row) {
   const auto thread = static_cast<int32_t>(threadIdx.x);
   const int32_t warp = thread / 32, lane = thread % 32, d = select.problem.d_qk;
+  RunningSoftmax softmax;
+  MapTile tile;
+  tile.load(k_means, 0, map.n_kv, 0, d);
   float scores[2] = {};
-  for (int32_t column = 0; column < d; column += kMapDepth) {
+  for (int32_t first = 0, column = 0; first < most_keys;) {
     __syncthreads();
-    for (int32_t e = thread; e < kMapKeys * kMapDepth / 4; e += kMapThreads) {
-      const int32_t key = e / (kMapDepth / 4), c = e % (kMapDepth / 4) * 4;
-      const bool there = first + key < map.n_kv && column + c < d;
-      *reinterpret_cast<float4*>(&shared.k[key * kMapPitch + c]) =
-          there ? *reinterpret_cast<const float4*>(k_means + static_cast<int64_t>(first + key) * d +
-                                                   column + c)
-                : float4{0, 0, 0, 0};
+    tile.store(shared.k);
+    __syncthreads();
+    const int32_t columns = min(d - column, kMapDepth), at = column;
+    const int32_t key = first + lane;
+    column += kMapDepth;
+    const bool last = column >= d;  // of these keys
+    if (last) {
+      column = 0;
+      first += kMapKeys;
     }
-    __syncthreads();
-    const int32_t columns = d - column < kMapDepth ? d - column : kMapDepth;
+    if (first < most_keys) tile.load(k_means, first, map.n_kv, column, d);
 #pragma unroll 4
     for (int32_t c = 0; c < columns; c += 4) {
-      const float4 a = *reinterpret_cast<const float4*>(&shared.q[warp][column + c]);
+      const float4 a = *reinterpret_cast<const float4*>(&shared.q[warp][at + c]);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const float4 b =
@@ -169,15 +211,19 @@ __device__ inline void score_row(const SelectProblem& select, const HeadMap& map
         scores[j] = fmaf(a.w, b.w, scores[j]);
       }
     }
-  }
+    if (!last) continue;
 #pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    const int32_t key = first + lane + 32 * j;
-    if (key >= keys) continue;
-    const float score = scores[j] * select.scale_log2;
-    row[key] = score;
-    softmax.add(score, key == map.n_kv - 1 ? share_of_last : 1.0f);
+    for (int j = 0; j < 2; ++j) {
+      if (key + 32 * j < keys) {
+        const float score = scores[j] * select.scale_log2;
+        row[key + 32 * j] = score;
+        softmax.add(score, key + 32 * j == map.n_kv - 1 ? share_of_last : 1.0f);
+      }
+      scores[j] = 0;
+    }
   }
+  softmax.combine();
+  return softmax;
 }
 
 // The share of a whole block that the last key block is.
@@ -206,11 +252,8 @@ __device__ void make_map_rows(const SelectProblem& select, const HeadMap& map, i
     mean_of_block<Element>(select, map, r, shared.k + warp * 256, shared.q[warp]);
   }
   __syncwarp();
-  RunningSoftmax softmax;
-  for (int32_t key = 0; key < most_keys; key += kMapKeys) {
-    score_row(select, map, k_means, key, keys, share_of_last, shared, row, softmax);
-  }
-  softmax.combine();
+  const RunningSoftmax softmax =
+      score_row(select, map, k_means, most_keys, keys, share_of_last, shared, row);
   const bool dead = keys > 0 && !(softmax.sum > 0);
   const float offset = softmax.max + log2f(softmax.sum);
   MapState& state = select.map_states[map.head.number];
@@ -221,11 +264,19 @@ __device__ void make_map_rows(const SelectProblem& select, const HeadMap& map, i
     __syncthreads();
     const int32_t end = dead ? 0 : min(begin + MassLevel0::kRound * 32, keys);
     // Each lane meets the scores that it wrote.
-    for (int32_t key = begin + lane; key < end; key += 32) {
-      const float p = exp2_approx(row[key] - offset);
-      const float mass = key == map.n_kv - 1 ? share_of_last * p : p;
-      row[key] = mass;
-      shared.take.level0.own().add(mass);
+    constexpr int kAtOnce = 8;
+    for (int32_t key = begin + lane; key < end; key += kAtOnce * 32) {
+      float some[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) some[i] = key + 32 * i < end ? row[key + 32 * i] : 0;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (key + 32 * i >= end) continue;
+        const float p = exp2_approx(some[i] - offset);
+        const float mass = key + 32 * i == map.n_kv - 1 ? share_of_last * p : p;
+        row[key + 32 * i] = mass;
+        shared.take.level0.own().add(mass);
+      }
     }
     __syncthreads();
     shared.take.for_own_buckets([&](int i, BucketSum&) {
@@ -338,6 +389,17 @@ __device__ void keep_map_rows(const HeadMap& map, const Taken& taken, int32_t fi
   }
 }
 
+// What is taken after `level`, as far as it is known: the one bucket that does not fit may hold a
+// single entry, which then stays out.
+template <int kThreads>
+__device__ bool lone_entry_left(const DescendShared<kThreads>& at, int level, Taken& taken) {
+  if (at.inside != 1) return false;
+  const uint32_t below = (1u << HistogramWalk::shift(level)) - 1;
+  taken = {
+      .count = static_cast<int64_t>(at.walk.count), .threshold = at.walk.prefix | below, .ties = 0};
+  return true;
+}
+
 // The last thread block of a head, after level 0: what is taken where maps are small, or the walk.
 __device__ inline void finish_map_level0(const SelectProblem& select, const HeadMap& map,
                                          bool small, MapShared& shared) {
@@ -351,16 +413,21 @@ __device__ inline void finish_map_level0(const SelectProblem& select, const Head
     sum = {__ldcg(&sums.weight[i]), __ldcg(&sums.count[i])};
     sums.weight[i] = sums.count[i] = 0;
   });
-  const bool found = descend_level0(mass_limit(select.gamma, map.n_q), shared.take);
+  const DescendShared<kMapThreads>& at = shared.take.descend;
   Taken taken{.count = map.size, .threshold = 0, .ties = map.size};  // all fit
-  if (small && found) {
-    taken = finish_take_cta<kMapThreads>(SpanEntries<kMapThreads>{map.map, map.size}, map.size,
-                                         shared.take);
+  bool done = !descend_level0(mass_limit(select.gamma, map.n_q), shared.take) ||
+              lone_entry_left(at, 0, taken);
+  const SpanEntries<kMapThreads> entries{map.map, map.size};
+#pragma unroll 1
+  for (int level = 1; small && !done && level < Histogram::kLevels; ++level) {
+    descend_entries<kMapThreads>(entries, map.size, level, shared.take);
+    done = lone_entry_left(at, level, taken);
   }
+  if (small && !done) taken = at.walk.taken(Weight::kMass);
   if (threadIdx.x != 0) return;
-  state.walk = shared.take.descend.walk;
+  state.walk = at.walk;
   state.taken = taken;
-  state.done = found ? 0 : 1;
+  state.done = done ? 1 : 0;
 }
 
 // ---- Kernels
@@ -427,8 +494,13 @@ static __global__ void __launch_bounds__(kMapThreads)
       return sum;
     });
     if (threadIdx.x != 0) continue;
-    state.walk = shared.take.descend.walk;
-    if (level == Histogram::kLevels - 1) state.taken = state.walk.taken(Weight::kMass);
+    const DescendShared<kMapThreads>& at = shared.take.descend;
+    Taken taken;
+    const bool lone = lone_entry_left(at, level, taken);
+    if (!lone && level == Histogram::kLevels - 1) taken = at.walk.taken(Weight::kMass);
+    state.walk = at.walk;
+    state.taken = taken;
+    state.done = lone ? 1 : 0;
   }
 }
 
