@@ -96,39 +96,69 @@ __device__ inline void load_slice(const SelectProblem& select, const HeadScores&
     held.x[i] = e < left ? entries[e] : 0.0f;
   }
   if (!scores.of_slash || plan.chunks == 1) return;
+  // Diagonal u = key - probe row lies in the chunk of key u; the last 127 diagonals of a chunk go
+  // on in the next one.
   const float* tails =
       select.slash_tails +
       (plan.first_chunk + static_cast<int64_t>(scores.head.head) * plan.chunks) * kTailEntries;
-  const auto chunk = static_cast<uint32_t>(select.chunk_keys);
+  const int32_t chunk = select.chunk_keys;  // longer than the 32 by which u goes down
+  const int32_t first_u = plan.probe_position - first - HeldEntries::place(0);
+  int32_t next = first_u / chunk + 1;
+  constexpr int kAtOnce = 8;  // loads under way; more of them spill
 #pragma unroll
-  for (int i = 0; i < kSliceEach; ++i) {
-    const int32_t e = HeldEntries::place(i);
-    // Diagonal u = key - probe row lies in the chunk of key u; the last 127 diagonals of a chunk
-    // go on in the next one.
-    const int32_t u = plan.probe_position - first - e;
-    if (e >= left || u < 0) continue;
-    const uint32_t next = static_cast<uint32_t>(u) / chunk + 1;
-    const int32_t entry = u - static_cast<int32_t>(next * chunk) + kTailEntries - 1;
-    if (entry < 0 || next >= static_cast<uint32_t>(plan.chunks)) continue;
-    held.x[i] += tails[static_cast<int64_t>(next) * kTailEntries + entry];
-    entries[e] = held.x[i];
+  for (int begin = 0; begin < kSliceEach; begin += kAtOnce) {
+    float more[kAtOnce];
+    uint32_t has = 0;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int32_t e = HeldEntries::place(begin + i), u = plan.probe_position - first - e;
+      if (u < (next - 1) * chunk) --next;
+      const int32_t entry = u - next * chunk + kTailEntries - 1;
+      const bool there = e < left && u >= 0 && entry >= 0 && next < plan.chunks;
+      more[i] = there ? tails[next * kTailEntries + entry] : 0.0f;
+      has |= there ? 1u << i : 0u;
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if ((has >> i & 1) == 0) continue;
+      held.x[begin + i] += more[i];
+      entries[HeldEntries::place(begin + i)] = held.x[begin + i];
+    }
   }
 }
 
-// Sums of the slice's blocks, by a warp each, as warp_order_sum of pattern.h.
+// Sums of the slice's blocks of 32 kSteps entries, by a warp each, as warp_order_sum of pattern.h;
+// of four blocks at a time, so that their shuffles overlap.
+template <int kSteps>
+__device__ inline void sum_blocks_of(const HeadScores& scores, int32_t first,
+                                     const HeldEntries& held) {
+  constexpr int kBlocks = 4;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+  for (int begin = 0; begin < kSliceEach; begin += kBlocks * kSteps) {
+    double sums[kBlocks] = {};
+#pragma unroll
+    for (int i = 0; i < kBlocks * kSteps; ++i) {
+      sums[i / kSteps] += static_cast<double>(held.x[begin + i]);
+    }
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+#pragma unroll
+      for (double& sum : sums) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+    }
+    const int32_t e = first + HeldEntries::place(begin) - lane;
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+      const int32_t block = e / (32 * kSteps) + i;
+      if (lane == 0 && block < scores.n) scores.blocks[block] = static_cast<float>(sums[i]);
+    }
+  }
+}
 __device__ inline void sum_slice_blocks(const HeadScores& scores, int32_t first, int32_t block_size,
                                         const HeldEntries& held) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, steps = block_size / 32;
-  double sum = 0;
-#pragma unroll
-  for (int i = 0; i < kSliceEach; ++i) {
-    sum += static_cast<double>(held.x[i]);
-    if ((i + 1) % steps != 0) continue;
-    for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
-    const int32_t e = first + HeldEntries::place(i + 1 - steps) - lane;
-    if (lane == 0 && e < scores.s_kv) scores.blocks[e / block_size] = static_cast<float>(sum);
-    sum = 0;
-  }
+  if (block_size == 128) return sum_blocks_of<4>(scores, first, held);
+  if (block_size == 64) return sum_blocks_of<2>(scores, first, held);
+  sum_blocks_of<1>(scores, first, held);
 }
 
 // Level 0 of the slice, in shared.buckets.
@@ -293,66 +323,71 @@ __device__ inline int64_t fewest_blocks(const SelectProblem& select, const HeadS
   return scores.of_slash ? plan.slash_low : plan.vertical_low;
 }
 
-// What keys decide of a head: its pattern too.
-template <typename Entries>
-__device__ void choose_keys(const SelectProblem& select, const HeadScores& scores,
-                            const Entries& entries, ChooseShared& shared) {
-  const HeadView& head = scores.head;
-  const SelectSequence& plan = select.sequences[head.sequence];
-  const DeviceSequence& sequence = select.problem.sequences[head.sequence];
+// Steps 4 and 5 of the head, by its keys: how far the two estimates lie apart, and the pattern.
+__device__ inline HeadChoice choose_pattern(const SelectProblem& select, const HeadScores& scores,
+                                            ChooseShared& shared) {
+  const SelectSequence& plan = select.sequences[scores.head.sequence];
   HeadChoice choice{};
   choice.pattern = HeadPattern::kVerticalSlash;
-  choice.vertical_blocks = fewest_blocks(select, scores);
-  if (select.by_blocks) {
-    choice.vertical_blocks =
-        cover_blocks_cta(select, scores, plan.vertical_low, plan.vertical_high, entries, shared);
-    float* pooled = select.pooled + plan.first_block + static_cast<int64_t>(head.head) * scores.n;
-    if (!pooled_softmax(scores, select.problem.block_size, pooled, shared)) {
-      if (threadIdx.x == 0) select.choices[head.number].pattern = HeadPattern::kDense;
-      return;
-    }
-    choice.jsd_sqrt = jsd_sqrt_cta<kChooseThreads>(pooled, scores.blocks, scores.n, shared.sums);
-    if (choice.jsd_sqrt < select.tau) {
-      choice.pattern = HeadPattern::kQueryAware;
-      choice.vertical_blocks = plan.vertical_low;
-    }
-  }
-  const int64_t word = plan.first_word + static_cast<int64_t>(head.head) * sequence.words_per_row;
-  stage_blocks(scores, shared);
-  choose_blocks(scores, choice.vertical_blocks, select.vertical_bits + word, shared);
-  if (choice.pattern == HeadPattern::kQueryAware) {
-    MapSums& sums = select.map_sums[head.number];
-    for (int i = static_cast<int>(threadIdx.x); i < MapSums::kBuckets; i += kChooseThreads) {
-      sums.weight[i] = sums.count[i] = 0;
-    }
+  if (!select.by_blocks) return choice;
+  float* pooled =
+      select.pooled + plan.first_block + static_cast<int64_t>(scores.head.head) * scores.n;
+  if (!pooled_softmax(scores, select.problem.block_size, pooled, shared)) return {};
+  choice.jsd_sqrt = jsd_sqrt_cta<kChooseThreads>(pooled, scores.blocks, scores.n, shared.sums);
+  if (choice.jsd_sqrt < select.tau) choice.pattern = HeadPattern::kQueryAware;
+  return choice;
+}
+
+// Makes a place for a query-aware head's map and lists it.
+__device__ inline void list_map(const SelectProblem& select, const HeadView& head) {
+  MapSums& sums = select.map_sums[head.number];
+  for (int i = static_cast<int>(threadIdx.x); i < MapSums::kBuckets; i += kChooseThreads) {
+    sums.weight[i] = sums.count[i] = 0;
   }
   if (threadIdx.x != 0) return;
-  HeadChoice& to = select.choices[head.number];
-  to.pattern = choice.pattern;
-  to.jsd_sqrt = choice.jsd_sqrt;
-  to.vertical_blocks = choice.vertical_blocks;
-  if (choice.pattern != HeadPattern::kQueryAware) return;
   select.map_states[head.number] = MapState{};
   select.map_heads[atomicAdd(select.map_count, 1)] = head.number;
 }
 
+// All decisions of a head's keys or distances, once its block scores and level 0 are there. One
+// code for both: it runs once, and a thread block waits longer for code than for anything in it.
 template <typename Entries>
-__device__ void choose_distances(const SelectProblem& select, const HeadScores& scores,
-                                 const Entries& entries, ChooseShared& shared) {
+__device__ void decide(const SelectProblem& select, const HeadScores& scores,
+                       const Entries& entries, ChooseShared& shared) {
   const HeadView& head = scores.head;
   const SelectSequence& plan = select.sequences[head.sequence];
-  const DeviceSequence& sequence = select.problem.sequences[head.sequence];
-  int64_t count = fewest_blocks(select, scores);
+  const int32_t words = select.problem.sequences[head.sequence].words_per_row;
+  const int64_t word = plan.first_word + static_cast<int64_t>(head.head) * words;
+  const int64_t fewest = fewest_blocks(select, scores);
+  int64_t count = fewest;
   if (select.by_blocks) {
-    count = cover_blocks_cta(select, scores, plan.slash_low, plan.slash_high, entries, shared);
+    const int32_t most = scores.of_slash ? plan.slash_high : plan.vertical_high;
+    count = cover_blocks_cta(select, scores, fewest, most, entries, shared);
   }
-  const int64_t word = plan.first_word + static_cast<int64_t>(head.head) * sequence.words_per_row;
-  uint64_t* bits = select.slash_bits + 2 * word;
-  if (threadIdx.x == 0) select.choices[head.number].slash_blocks = count;
+  HeadChoice& to = select.choices[head.number];
+  int32_t rounds = 1;
+  if (scores.of_slash) {
+    if (threadIdx.x == 0) to.slash_blocks = count;
+    if (select.map_heads != nullptr) rounds = 2;  // if the head is query-aware, the fewest
+  } else {
+    const HeadChoice choice = choose_pattern(select, scores, shared);
+    if (choice.pattern == HeadPattern::kQueryAware) {
+      count = fewest;
+      list_map(select, head);
+    }
+    if (threadIdx.x == 0) {
+      to.pattern = choice.pattern;
+      to.jsd_sqrt = choice.jsd_sqrt;
+      to.vertical_blocks = count;
+    }
+    if (choice.pattern == HeadPattern::kDense) return;
+  }
+  uint64_t* bits = scores.of_slash ? select.slash_bits + 2 * word : select.vertical_bits + word;
   stage_blocks(scores, shared);
-  choose_blocks(scores, count, bits, shared);
-  if (select.map_heads == nullptr) return;  // no head is query-aware
-  choose_blocks(scores, plan.slash_low, bits + sequence.words_per_row, shared);
+#pragma unroll 1
+  for (int32_t round = 0; round < rounds; ++round) {
+    choose_blocks(scores, round == 0 ? count : fewest, bits + round * words, shared);
+  }
 }
 
 // ---- Kernels
@@ -404,23 +439,16 @@ __global__ void __launch_bounds__(kChooseThreads, 1) choose_kernel(const SelectP
     return;
   }
   auto& shared = *reinterpret_cast<ChooseShared*>(shared_memory());
-  const auto choose = [&](const auto& entries) {
-    if (scores.of_slash) {
-      choose_distances(select, scores, entries, shared);
-    } else {
-      choose_keys(select, scores, entries, shared);
-    }
-  };
   if constexpr (kSliced) {
     if (select.by_blocks) gather_slices(select, scores, shared.take);
-    choose(SpanEntries<kChooseThreads>{scores.entries, scores.s_kv});
+    decide(select, scores, SpanEntries<kChooseThreads>{scores.entries, scores.s_kv}, shared);
   } else {
     HeldEntries held;
     load_slice(select, scores, 0, held);
     sum_slice_blocks(scores, 0, select.problem.block_size, held);
     if (select.by_blocks) sum_slice_masses(held, shared.take);
     __syncthreads();  // block sums
-    choose(held);
+    decide(select, scores, held, shared);
   }
 }
 

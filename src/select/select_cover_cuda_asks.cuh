@@ -228,7 +228,7 @@ __device__ inline void cover_columns(const CoverParams& p, const CoverHead& head
       n, taken, false, [&](int32_t e) { return __ldcg(most_asked + e); }, shared.ties, columns);
 }
 
-static __global__ void __launch_bounds__(kColumnsThreads)
+static __global__ void __launch_bounds__(kColumnsThreads, 2)  // without the 2 it spills
     columns_kernel(const __grid_constant__ SelectProblem select,
                    const __grid_constant__ CoverParams p) {
   await_previous_kernel();

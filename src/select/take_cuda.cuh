@@ -19,14 +19,14 @@ namespace flexprefill {
 // Entries are what visit(begin, end, f) calls f(x) for: those of this thread among [begin, end) of
 // all, at most 2^31.
 
-// In global memory, perhaps written by other thread blocks of this launch: past L1.
+// In global memory, perhaps written by other thread blocks of this launch: past L1. kAtOnce
+// loads are under way before the first f: what f does keeps the compiler from moving a later load
+// above it, and then a thread waits for L2 once an entry.
 template <int kThreads>
 struct SpanEntries {
+  static constexpr int kAtOnce = 16;
   const float* x;
   int64_t size;
-  // Loads under way at a time, before the first f: what f does keeps the compiler from moving a
-  // later load above it, and then a thread waits for L2 once an entry.
-  static constexpr int kAtOnce = 16;
 
   template <typename F>
   __device__ void visit(int64_t begin, int64_t end, const F& f) const {
@@ -88,22 +88,22 @@ struct BucketSum {
 };
 
 template <int kThreads>
-struct CtaMasses {
+struct alignas(16) CtaMasses {
   WarpMasses warps[kThreads / 32];
 
   __device__ WarpMasses& own() { return warps[threadIdx.x / 32]; }
   // Before the first add; a barrier must follow.
   __device__ void clear() {
-    auto* words = reinterpret_cast<uint32_t*>(this);
-    for (int i = static_cast<int>(threadIdx.x); i < static_cast<int>(sizeof(*this) / 4);
+    auto* all = reinterpret_cast<uint4*>(this);
+    for (int i = static_cast<int>(threadIdx.x); i < static_cast<int>(sizeof(*this) / 16);
          i += kThreads) {
-      words[i] = 0;
+      all[i] = uint4{0, 0, 0, 0};
     }
   }
   // The sum of bucket i over the warps; after a barrier.
   __device__ BucketSum sum(int i) const {
     uint64_t digits = 0, count = 0;
-#pragma unroll 4
+#pragma unroll 8
     for (int w = 0; w < kThreads / 32; ++w) {
       const uint32_t rest = warps[w].rest[i];
       digits += warps[w].low[i] + (static_cast<uint64_t>(rest >> 12) << 16);
@@ -155,9 +155,12 @@ __device__ bool descend_cta(int level, int first, DescendShared<kThreads>& share
   const uint64_t left = shared.walk.limit - shared.walk.weight;
   __syncthreads();
   BucketSum above{up.weight - own.weight, up.count - own.count};
-  for (int warp = 0; warp < thread / 32; ++warp) {
-    above.weight += shared.weight[warp];
-    above.count += shared.count[warp];
+#pragma unroll  // all loads at once
+  for (int warp = 0; warp < kThreads / 32; ++warp) {
+    const uint64_t weight = shared.weight[warp], count = shared.count[warp];
+    if (warp >= thread / 32) continue;
+    above.weight += weight;
+    above.count += count;
   }
   // The one thread in whose buckets the running weight crosses the limit.
   if (above.weight <= left && own.weight > left - above.weight) {
@@ -275,6 +278,7 @@ __device__ void descend_entries(const Entries& entries, int64_t size, int level,
 template <int kThreads, typename Entries>
 __device__ Taken finish_take_cta(const Entries& entries, int64_t size,
                                  TakeShared<kThreads>& shared) {
+#pragma unroll 1
   for (int level = 1; level < Histogram::kLevels; ++level) {
     descend_entries<kThreads>(entries, size, level, shared);
   }
@@ -322,6 +326,7 @@ __device__ Taken take_count_cta(int32_t n, uint64_t limit, const Value& value, S
     return sum;
   };
   uint32_t threshold = 0;  // the largest value that more than `limit` entries reach
+#pragma unroll 1           // a thread block goes through it once: the less code, the better
   for (int bit = 30; bit >= 0; --bit) {
     const uint32_t higher = threshold | 1u << bit;
     const int32_t reach = count(higher);
