@@ -113,6 +113,7 @@ std::vector<Case> index_cases() {
       index_case("chunk", {{100, 900}}, 64),
       // More words in a row than a warp has lanes; more rows than a group.
       index_case("long", {{900, 70000}}, 32),
+      index_case("many_words", {{9000, 70000}}, 32),
       index_case("long_and_short", {{2000, 9000}, {40, 40}, {700, 5000}}, 32),
   };
   std::vector<SequenceLengths> many;  // more sequences than one launch describes
@@ -141,7 +142,7 @@ TEST_P(DeviceIndex, CsrAndBitsAreTheSameBlocks) {
   const DeviceMemory bits(BlockBits::layout(problem).word_count() * sizeof(uint64_t));
   auto* words = reinterpret_cast<uint64_t*>(bits.data());
   csr_to_bits(device, from.view(), words, nullptr);
-  bits_to_csr(device, words, sums, to.view(), nullptr);
+  bits_to_csr(device, words, BlockBits::layout(problem).word_count(), sums, to.view(), nullptr);
   expect_cuda(cudaDeviceSynchronize(), "index");
 
   BlockBits got = BlockBits::layout(problem);

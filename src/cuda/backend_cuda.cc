@@ -284,11 +284,12 @@ void select_to_index(const Problem& problem, const Pattern& pattern, const Execu
   begin(problem, execution, arena);
   check_index_memory(index, arena);
   if (!arena.counting()) check_device_memory(audit, "audit");
-  auto* bits = arena.take<uint64_t>(BlockBits::layout(problem).word_count());
+  const int64_t words = BlockBits::layout(problem).word_count();
+  auto* bits = arena.take<uint64_t>(words);
   int64_t* sums = lay_out_csr_sums(problem.first_row.back(), arena);
   const DeviceProblem device = make_device_problem(problem, arena, execution.stream);
   select_cuda(device, problem, pattern, execution, arena, bits, audit);
-  if (!arena.counting()) bits_to_csr(device, bits, sums, index, execution.stream);
+  if (!arena.counting()) bits_to_csr(device, bits, words, sums, index, execution.stream);
 }
 
 void attend_index(const Problem& problem, const DeviceBlockIndex& index, const Execution& execution,

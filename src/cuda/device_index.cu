@@ -1,5 +1,6 @@
 // CSR from bits: the blocks of each group of rows are counted; then every group adds up the counts
-// of those before it and writes its rows from there. Bits from CSR: a warp writes a row.
+// of those before it and writes its rows from there. Where there are few bits, every group counts
+// all those before it, in the same kernel. Bits from CSR: a warp writes a row.
 #include "cuda/device_index.h"
 
 #include <algorithm>
@@ -17,6 +18,11 @@ constexpr int kWarps = kThreads / kWarp;
 // kMostGroups groups, as each reads the counts of all.
 constexpr int kLeastRows = 32;
 constexpr int64_t kMostGroups = 2048;
+
+// Up to so many words of bits (16k tokens, 32 heads) counting all before a group takes less time
+// than a kernel of its own: a launch, and two waits of each thread block for others' writes.
+constexpr int64_t kFewWords = 16384;
+constexpr int kFewRows = 16;  // of a group then
 
 int64_t group_rows(int64_t rows) {
   return std::max<int64_t>(kLeastRows, (rows + kMostGroups - 1) / kMostGroups);
@@ -154,6 +160,44 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// All of it by each group: counts what comes before and its own rows, at most kFewRows, and writes
+// them.
+__global__ void __launch_bounds__(kThreads)
+    write_few_rows(const __grid_constant__ DeviceProblem problem, const uint64_t* bits,
+                   int64_t* indptr, int32_t* indices) {
+  await_previous_kernel();
+  start_next_kernel();
+  struct Shared {
+    int64_t scratch[kWarps];
+    int32_t counts[kFewRows];
+  };
+  auto& shared = *reinterpret_cast<Shared*>(shared_memory());
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kFewRows;
+  const int32_t rows = static_cast<int32_t>(
+      problem.index_rows - first < kFewRows ? problem.index_rows - first : kFewRows);
+  for (int32_t i = warp_id(); i < rows; i += kWarps) {
+    const IndexRow row = find_row(problem, first + i);
+    const int64_t count = row_count(bits + row.first_word, row.words);
+    if (lane_id() == 0) shared.counts[i] = static_cast<int32_t>(count);
+  }
+  // Rows lie in their order, without gaps.
+  const auto before = static_cast<int32_t>(find_row(problem, first).first_word);
+  int64_t below = 0;
+#pragma unroll 8
+  for (int32_t w = static_cast<int32_t>(threadIdx.x); w < before; w += kThreads) {
+    below += __popcll(bits[w]);
+  }
+  below = cta_sum(below, shared.scratch);  // with barriers
+  if (first == 0 && threadIdx.x == 0) indptr[0] = 0;
+  for (int32_t i = warp_id(); i < rows; i += kWarps) {
+    const IndexRow row = find_row(problem, first + i);
+    int64_t start = below;
+    for (int32_t r = 0; r < i; ++r) start += shared.counts[r];
+    if (lane_id() == 0) indptr[first + i + 1] = start + shared.counts[i];
+    write_row(bits + row.first_word, row.words, indices + start);
+  }
+}
+
 __global__ void __launch_bounds__(kThreads)
     set_bits(const __grid_constant__ DeviceProblem problem, const int64_t* indptr,
              const int32_t* indices, int64_t capacity, uint64_t* bits) {
@@ -178,12 +222,19 @@ int64_t* lay_out_csr_sums(int64_t index_rows, Arena& arena) {
   return arena.take<int64_t>(group_count(index_rows));
 }
 
-void bits_to_csr(const DeviceProblem& problem, const uint64_t* bits, int64_t* sums,
+void bits_to_csr(const DeviceProblem& problem, const uint64_t* bits, int64_t words, int64_t* sums,
                  const DeviceBlockIndex& index, void* stream) {
   const int64_t groups = group_count(problem.index_rows), rows = group_rows(problem.index_rows);
   if (groups == 0) {  // an empty batch
     cuda_check(cudaMemsetAsync(index.indptr, 0, sizeof(int64_t), static_cast<cudaStream_t>(stream)),
                "index");
+    return;
+  }
+  if (words <= kFewWords) {
+    const dim3 few((problem.index_rows + kFewRows - 1) / kFewRows);
+    launch_overlapped(write_few_rows, few, dim3(kThreads),
+                      kWarps * sizeof(int64_t) + kFewRows * sizeof(int32_t), stream, problem, bits,
+                      index.indptr, index.indices);
     return;
   }
   const dim3 grid(static_cast<unsigned>(groups));

@@ -17,6 +17,8 @@ constexpr int kSequenceThreads = 64;
 
 __global__ void write_sequences(const __grid_constant__ SequenceChunk chunk, int count,
                                 DeviceSequence* to) {
+  await_previous_kernel();
+  start_next_kernel();
   const int i = static_cast<int>(threadIdx.x);
   if (i < count) to[i] = chunk.sequences[i];
 }
@@ -98,8 +100,8 @@ DeviceProblem make_device_problem(const Problem& problem, Arena& arena, void* st
       chunk.sequences[i] = device_sequence(problem, bits, first_mean, first + i);
       first_mean += problem.h_kv * problem.grids[first + i].n_kv;
     }
-    launch(write_sequences, dim3(1), dim3(kSequenceThreads), 0, stream, chunk,
-           static_cast<int>(count), sequences + first);
+    launch_overlapped(write_sequences, dim3(1), dim3(kSequenceThreads), 0, stream, chunk,
+                      static_cast<int>(count), sequences + first);
   }
   return device;
 }

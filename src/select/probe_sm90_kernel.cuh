@@ -521,11 +521,23 @@ __device__ void finish_probe_softmax(const SelectProblem& select, const ProbeSm9
     const int64_t head = task.head(select, h);
     const float2* stats = select.chunk_stats + (plan.first_chunk + head * plan.chunks) * 128 + row;
     float max = -FLT_MAX, sum = 0;
-#pragma unroll 8
-    for (int32_t c = 0; c < plan.chunks; ++c) {
-      const float2 chunk = stats[static_cast<int64_t>(c) * 128];
-      const float highest = fmaxf(max, chunk.x);
-      sum = sum * exp2_approx(max - highest) + chunk.y * exp2_approx(chunk.x - highest);
+    // Sixteen chunks at once, which is all of them up to 64k tokens: one wait for L2, and no chain
+    // of exponentials.
+    constexpr int kAtOnce = 16;
+#pragma unroll 1
+    for (int32_t c = 0; c < plan.chunks; c += kAtOnce) {
+      float2 some[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        some[i] =
+            c + i < plan.chunks ? stats[static_cast<int64_t>(c + i) * 128] : float2{-FLT_MAX, 0};
+      }
+      float highest = max;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) highest = fmaxf(highest, some[i].x);
+      sum *= exp2_approx(max - highest);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) sum += some[i].y * exp2_approx(some[i].x - highest);
       max = highest;
     }
     const bool used = row < plan.probe_rows;
@@ -552,10 +564,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     probe_stats_sm90_kernel(const __grid_constant__ ProbeSm90Params params) {
   using Shared = ProbeStatsShared<Shape>;
   constexpr int kStages = decltype(Shared::tiles)::kStages;
-  await_previous_kernel();
-  start_next_kernel();
-  const ProbeSm90Task<Shape> task(params.select);
-  if (!task.any) return;
   auto& tiles = reinterpret_cast<Shared*>(shared_memory())->tiles;
   // Shuffled so that the compiler knows that a warp's threads stay together.
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
@@ -563,6 +571,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     tiles.init(4 + kProbePoolWarps);
     sm90::barrier_init_fence();
   }
+  await_previous_kernel();
+  start_next_kernel();
+  const ProbeSm90Task<Shape> task(params.select);
+  if (!task.any) return;
   __syncthreads();
   if (warp < 4) {
     if constexpr (Shape::kStreams == 2) sm90::registers_shrink<kProbeLoadRegisters>();

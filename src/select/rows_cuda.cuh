@@ -19,11 +19,12 @@ static_assert(sizeof(SequenceEntries) <= 4000);
 
 constexpr int kPrepareThreads = 256;
 
-// `tickets` [heads, 2], `not_finite` [heads] and *map_count become 0; each may be nullptr.
+// `tickets` [heads, 2], `not_finite` [heads] and *map_count become 0; each may be nullptr. Beside
+// write_sequences, which this kernel needs nothing of: it awaits that at its end. What used this
+// memory before has ended: write_sequences awaited it before it let this kernel start.
 static __global__ void __launch_bounds__(kPrepareThreads)
     prepare_kernel(const __grid_constant__ SequenceEntries from, SelectSequence* to,
                    int32_t* map_count, uint32_t* tickets, uint8_t* not_finite, int64_t heads) {
-  await_previous_kernel();
   start_next_kernel();
   const auto thread = static_cast<int32_t>(threadIdx.x);
   if (thread < from.n) to[from.first + thread] = from.entries[thread];
@@ -34,6 +35,7 @@ static __global__ void __launch_bounds__(kPrepareThreads)
   for (int64_t i = thread; not_finite != nullptr && i < heads; i += kPrepareThreads) {
     not_finite[i] = 0;
   }
+  await_previous_kernel();
 }
 
 // What was decided for a head, whoever did.
