@@ -206,7 +206,7 @@ ChoiceResult choose_on_device(const ChoiceInput& input) {
              level, pieces);
     }
   }
-  launch(map_keep_kernel, dim3(2), dim3(kMapThreads), sizeof(KeepShared), nullptr, select, 0,
+  launch(map_keep_kernel, dim3(2), dim3(kKeepThreads), sizeof(KeepShared), nullptr, select, 0,
          narrow((grid.n_q + kMapKeepRows - 1) / kMapKeepRows));
   result.kept = DeviceArrays::get(select.bits, grid.n_q * words);
   result.map = DeviceArrays::get(select.maps, select.map_room);

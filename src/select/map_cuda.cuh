@@ -19,21 +19,24 @@
 
 namespace flexprefill {
 
-constexpr int kMapThreads = 256;
-constexpr int kMapRows = kMapThreads / 32;  // of an item of map_rows: a warp's each
-constexpr int kMapKeys = 64;                // means of key blocks in shared memory at a time
-constexpr int kMapDepth = 64;               // columns of them
+constexpr int kMapThreads = 512;
+constexpr int kMapRows = 8;  // of an item of map_rows, two warps each
+constexpr int kRowThreads = kMapThreads / kMapRows;
+constexpr int kMapKeys = 64;   // means of key blocks in shared memory at a time
+constexpr int kMapDepth = 64;  // columns of them
 constexpr int kMapPitch = kMapDepth + 4;
 // Up to so many key blocks one thread block finds a head's threshold: its sweeps cost less than the
 // launches of more kernels.
 constexpr int kSmallMap = 256;
 constexpr int kMapPiece = 16384;  // entries of an item of map_level
+constexpr int kKeepThreads = 256;
 constexpr int kMapKeepRows = 16;  // rows of a thread block that says what is kept
 
 struct MapShared {
   float q[kMapRows][256];
   float k[kMapKeys * kMapPitch];  // the means' partial sums borrow it
   TakeShared<kMapThreads> take;
+  float max[kMapThreads / 32], sum[kMapThreads / 32];
   uint32_t last;
 };
 static_assert(kMapKeys * kMapPitch >= kMapThreads * 8);
@@ -71,20 +74,23 @@ struct HeadMap {
 // ---- Rows of a map
 // ---------------------------------------------------------------------------------
 
-// The mean of query block r, by a warp, in q [d]. partial [32 * 8].
+// The mean of query block r, if there is one, by the row's kRowThreads, in q [d]. partial
+// [kRowThreads * 8]. All threads of the block together.
 template <typename Element>
 __device__ void mean_of_block(const SelectProblem& select, const HeadMap& map, int32_t r,
                               float* partial, float* q) {
   const DeviceProblem& problem = select.problem;
   const DeviceSequence& sequence = problem.sequences[map.head.sequence];
-  const int32_t d = problem.d_qk, lane = static_cast<int32_t>(threadIdx.x) % 32;
+  const int32_t d = problem.d_qk;
+  const int32_t thread = static_cast<int32_t>(threadIdx.x) % kRowThreads;
   const int64_t position =
       static_cast<int64_t>(map.first_q_block + r) * problem.block_size - sequence.first_position();
   const auto begin = static_cast<int32_t>(position > 0 ? position : 0);
   const auto end = static_cast<int32_t>(
       position + problem.block_size < sequence.s_q ? position + problem.block_size : sequence.s_q);
-  const int32_t pieces = d / 8, groups = 32 / pieces;  // pieces of eight elements, at most 32
-  const int32_t piece = lane % pieces, group = lane / pieces;
+  const int32_t pieces = d / 8,
+                groups = kRowThreads / pieces;  // pieces of eight elements, at most 32
+  const int32_t piece = thread % pieces, group = thread / pieces;
   const std::byte* row =
       problem.q_row(problem.q, map.head.sequence, map.head.head, begin) + piece * 16;
   const int64_t stride = problem.q.row_stride * 2;
@@ -97,7 +103,7 @@ __device__ void mean_of_block(const SelectProblem& select, const HeadMap& map, i
       sums[2 * e + 1] += Operand<Element>::high(pairs[e]);
     }
   };
-  const int32_t rows = group < groups ? end - begin : 0;
+  const int32_t rows = r < map.n_q && group < groups ? end - begin : 0;
   if (select.q_aligned) {
     constexpr int kAtOnce = 16;  // loads under way: queries come from memory
     for (int32_t i = group; i < rows; i += kAtOnce * groups) {
@@ -114,10 +120,10 @@ __device__ void mean_of_block(const SelectProblem& select, const HeadMap& map, i
     for (int32_t i = group; i < rows; i += groups) add(load_eight(row + i * stride, false));
   }
 #pragma unroll
-  for (int e = 0; e < 8; ++e) partial[lane * 8 + e] = sums[e];
-  __syncwarp();
+  for (int e = 0; e < 8; ++e) partial[thread * 8 + e] = sums[e];
+  __syncthreads();
   const float inverse = 1.0f / static_cast<float>(end - begin);
-  for (int32_t c = lane; c < d; c += 32) {
+  for (int32_t c = thread; c < d && r < map.n_q; c += kRowThreads) {
     float sum = 0;
     for (int32_t g = 0; g < groups; ++g) sum += partial[g * d + c];
     q[c] = sum * inverse;
@@ -173,24 +179,25 @@ struct MapTile {
   }
 };
 
-// scores of the warp's row of `keys` key blocks: scale * q_mean . k_mean in units of log2, to
-// row[0 ..]. All threads of the block together, for the most_keys of the longest row; the next tile
-// of means is under way while one is multiplied.
+// scores of the row of `keys` key blocks of these two warps: scale * q_mean . k_mean in units of
+// log2, to row[0 ..], a lane every 64th. All threads of the block together, for the most_keys of
+// the longest row; the next tile of means is under way while one is multiplied.
 __device__ inline RunningSoftmax score_row(const SelectProblem& select, const HeadMap& map,
                                            const float* k_means, int32_t most_keys, int32_t keys,
                                            float share_of_last, MapShared& shared, float* row) {
   const auto thread = static_cast<int32_t>(threadIdx.x);
-  const int32_t warp = thread / 32, lane = thread % 32, d = select.problem.d_qk;
+  const int32_t d = select.problem.d_qk;
+  const float* q = shared.q[thread / kRowThreads];
   RunningSoftmax softmax;
   MapTile tile;
   tile.load(k_means, 0, map.n_kv, 0, d);
-  float scores[2] = {};
+  float dot = 0;
   for (int32_t first = 0, column = 0; first < most_keys;) {
     __syncthreads();
     tile.store(shared.k);
     __syncthreads();
     const int32_t columns = min(d - column, kMapDepth), at = column;
-    const int32_t key = first + lane;
+    const int32_t key = first + thread % kRowThreads;
     column += kMapDepth;
     const bool last = column >= d;  // of these keys
     if (last) {
@@ -200,29 +207,34 @@ __device__ inline RunningSoftmax score_row(const SelectProblem& select, const He
     if (first < most_keys) tile.load(k_means, first, map.n_kv, column, d);
 #pragma unroll 4
     for (int32_t c = 0; c < columns; c += 4) {
-      const float4 a = *reinterpret_cast<const float4*>(&shared.q[warp][at + c]);
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const float4 b =
-            *reinterpret_cast<const float4*>(&shared.k[(lane + 32 * j) * kMapPitch + c]);
-        scores[j] = fmaf(a.x, b.x, scores[j]);
-        scores[j] = fmaf(a.y, b.y, scores[j]);
-        scores[j] = fmaf(a.z, b.z, scores[j]);
-        scores[j] = fmaf(a.w, b.w, scores[j]);
-      }
+      const float4 a = *reinterpret_cast<const float4*>(&q[at + c]);
+      const float4 b =
+          *reinterpret_cast<const float4*>(&shared.k[thread % kRowThreads * kMapPitch + c]);
+      dot = fmaf(a.x, b.x, dot);
+      dot = fmaf(a.y, b.y, dot);
+      dot = fmaf(a.z, b.z, dot);
+      dot = fmaf(a.w, b.w, dot);
     }
     if (!last) continue;
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      if (key + 32 * j < keys) {
-        const float score = scores[j] * select.scale_log2;
-        row[key + 32 * j] = score;
-        softmax.add(score, key + 32 * j == map.n_kv - 1 ? share_of_last : 1.0f);
-      }
-      scores[j] = 0;
+    if (key < keys) {
+      const float score = dot * select.scale_log2;
+      row[key] = score;
+      softmax.add(score, key == map.n_kv - 1 ? share_of_last : 1.0f);
     }
+    dot = 0;
   }
   softmax.combine();
+  // The row's two warps.
+  if (thread % 32 == 0) {
+    shared.max[thread / 32] = softmax.max;
+    shared.sum[thread / 32] = softmax.sum;
+  }
+  __syncthreads();
+  const int32_t other = thread / 32 ^ 1;
+  const float highest = fmaxf(softmax.max, shared.max[other]);
+  softmax.sum = softmax.sum * exp2_approx(softmax.max - highest) +
+                shared.sum[other] * exp2_approx(shared.max[other] - highest);
+  softmax.max = highest;
   return softmax;
 }
 
@@ -238,7 +250,7 @@ template <typename Element>
 __device__ void make_map_rows(const SelectProblem& select, const HeadMap& map, int32_t first,
                               MapShared& shared) {
   const auto thread = static_cast<int32_t>(threadIdx.x);
-  const int32_t warp = thread / 32, lane = thread % 32, r = first + warp;
+  const int32_t lane = thread % kRowThreads, r = first + thread / kRowThreads;
   const int32_t keys = r < map.n_q ? map.row_keys(r) : 0;
   const int32_t most_keys = map.row_keys(min(first + kMapRows, map.n_q) - 1);
   const float share_of_last = last_share(select, map);
@@ -248,10 +260,8 @@ __device__ void make_map_rows(const SelectProblem& select, const HeadMap& map, i
                            select.problem.d_qk;
   float* row = map.map + map.row_start(r);
   __syncthreads();  // of the item before
-  if (keys > 0) {
-    mean_of_block<Element>(select, map, r, shared.k + warp * 256, shared.q[warp]);
-  }
-  __syncwarp();
+  mean_of_block<Element>(select, map, r, shared.k + thread / kRowThreads * kRowThreads * 8,
+                         shared.q[thread / kRowThreads]);
   const RunningSoftmax softmax =
       score_row(select, map, k_means, most_keys, keys, share_of_last, shared, row);
   const bool dead = keys > 0 && !(softmax.sum > 0);
@@ -259,22 +269,23 @@ __device__ void make_map_rows(const SelectProblem& select, const HeadMap& map, i
   MapState& state = select.map_states[map.head.number];
   if (dead && lane == 0) state.dead = 1;
   MapSums& sums = select.map_sums[map.head.number];
-  for (int32_t begin = 0; begin < most_keys; begin += MassLevel0::kRound * 32) {
+  for (int32_t begin = 0; begin < most_keys; begin += MassLevel0::kRound * kRowThreads) {
     shared.take.level0.clear();
     __syncthreads();
-    const int32_t end = dead ? 0 : min(begin + MassLevel0::kRound * 32, keys);
+    const int32_t end = dead ? 0 : min(begin + MassLevel0::kRound * kRowThreads, keys);
     // Each lane meets the scores that it wrote.
     constexpr int kAtOnce = 8;
-    for (int32_t key = begin + lane; key < end; key += kAtOnce * 32) {
+    for (int32_t key = begin + lane; key < end; key += kAtOnce * kRowThreads) {
       float some[kAtOnce];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) some[i] = key + 32 * i < end ? row[key + 32 * i] : 0;
+      for (int i = 0; i < kAtOnce; ++i)
+        some[i] = key + kRowThreads * i < end ? row[key + kRowThreads * i] : 0;
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        if (key + 32 * i >= end) continue;
+        if (key + kRowThreads * i >= end) continue;
         const float p = exp2_approx(some[i] - offset);
-        const float mass = key + 32 * i == map.n_kv - 1 ? share_of_last * p : p;
-        row[key + 32 * i] = mass;
+        const float mass = key + kRowThreads * i == map.n_kv - 1 ? share_of_last * p : p;
+        row[key + kRowThreads * i] = mass;
         shared.take.level0.own().add(mass);
       }
     }
@@ -293,7 +304,7 @@ __device__ void make_map_rows(const SelectProblem& select, const HeadMap& map, i
 // ------------------------------------------------------------------------------------
 
 struct KeepShared {
-  int64_t sums[kMapThreads / 32];
+  int64_t sums[kKeepThreads / 32];
   int32_t row_ties[kMapKeepRows];
 };
 
@@ -304,10 +315,10 @@ __device__ inline int64_t count_map_ties(const HeadMap& map, const Taken& taken,
   const auto equal = [&](float x) { return std::bit_cast<uint32_t>(x) == taken.threshold ? 1 : 0; };
   const int64_t entries = map.row_start(first);
   int64_t before = 0;
-  SpanEntries<kMapThreads>{map.map, entries}.visit(0, entries,
-                                                   [&](float x) { before += equal(x); });
-  before = sum_cta<kMapThreads>(before, shared.sums);
-  for (int32_t r = first + thread / 32; r < end; r += kMapThreads / 32) {
+  SpanEntries<kKeepThreads>{map.map, entries}.visit(0, entries,
+                                                    [&](float x) { before += equal(x); });
+  before = sum_cta<kKeepThreads>(before, shared.sums);
+  for (int32_t r = first + thread / 32; r < end; r += kKeepThreads / 32) {
     const float* row = map.map + map.row_start(r);
     int32_t ties = 0;
     for (int32_t j = thread % 32; j < map.row_keys(r); j += 32) ties += equal(__ldcg(row + j));
@@ -326,7 +337,7 @@ __device__ void keep_tied_rows(const HeadMap& map, const Taken& taken, int32_t f
   const auto thread = static_cast<int32_t>(threadIdx.x);
   const int32_t lane = thread % 32;
   const int64_t before = count_map_ties(map, taken, first, end, shared);
-  for (int32_t r = first + thread / 32; r < end; r += kMapThreads / 32) {
+  for (int32_t r = first + thread / 32; r < end; r += kKeepThreads / 32) {
     const float* row = map.map + map.row_start(r);
     const int32_t keys = map.row_keys(r);
     int64_t rank = before;  // of the next entry that equals the threshold
@@ -349,13 +360,13 @@ __device__ void keep_tied_rows(const HeadMap& map, const Taken& taken, int32_t f
   }
 }
 
-// What the map keeps of rows [first, end), at most kMapKeepRows of them, by kMapThreads:
+// What the map keeps of rows [first, end), at most kMapKeepRows of them, by kKeepThreads:
 // store(r, w, word w of row r). A warp has the loads of kAtOnce words under way: with one after the
 // other, rows were a chain of waits for L2 (18 us at 16k tokens, 100 at 32k).
 template <typename Store>
 __device__ void keep_map_rows(const HeadMap& map, const Taken& taken, int32_t first, int32_t end,
                               KeepShared& shared, const Store& store) {
-  constexpr int kAtOnce = 4, kWarps = kMapThreads / 32;
+  constexpr int kAtOnce = 4, kWarps = kKeepThreads / 32;
   const bool all = taken.count == map.size;
   if (taken.ties > 0 && !all) {
     return keep_tied_rows(map, taken, first, end, shared, store);
@@ -436,7 +447,7 @@ __device__ inline void finish_map_level0(const SelectProblem& select, const Head
 // Each for the maps of one turn.
 
 template <typename Element>
-__global__ void __launch_bounds__(kMapThreads, 2)
+__global__ void __launch_bounds__(kMapThreads, 1)
     map_rows_kernel(const SelectProblem select, int32_t turn, int32_t max_strips, bool small) {
   await_previous_kernel();
   start_next_kernel();
@@ -504,7 +515,7 @@ static __global__ void __launch_bounds__(kMapThreads)
   }
 }
 
-static __global__ void __launch_bounds__(kMapThreads)
+static __global__ void __launch_bounds__(kKeepThreads)
     map_keep_kernel(const SelectProblem select, int32_t turn, int32_t max_tiles) {
   await_previous_kernel();
   start_next_kernel();

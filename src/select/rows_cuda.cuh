@@ -55,7 +55,7 @@ __device__ inline HeadChoice choice_of(const SelectProblem& select, const HeadVi
 
 // ---- Rows ---------------------------------------------------------------------------------------
 
-constexpr int kRowsThreads = kMapThreads;
+constexpr int kRowsThreads = kKeepThreads;
 constexpr int kRowsTile = kMapKeepRows;  // rows of a CTA
 
 static __global__ void __launch_bounds__(kRowsThreads)

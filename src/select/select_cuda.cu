@@ -288,7 +288,7 @@ struct Launches {
                           stream, select, turn, level, pieces);
       }
       if (select.maps_in_rows) continue;
-      launch_overlapped(map_keep_kernel, map_grid(tiles), dim3(kMapThreads), sizeof(KeepShared),
+      launch_overlapped(map_keep_kernel, map_grid(tiles), dim3(kKeepThreads), sizeof(KeepShared),
                         stream, select, turn, tiles);
     }
   }
