@@ -20,9 +20,12 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 BUILTIN = Path(__file__).resolve().parents[2] / "models" / "needle-7m"
-needs_lm_eval = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed"
-)
+
+
+def needs_lm_eval(test: object) -> object:
+    missing = importlib.util.find_spec("lm_eval") is None
+    skipped = pytest.mark.skipif(missing, reason="lm-eval is not installed")
+    return pytest.mark.lm_eval(skipped(test))
 
 
 @pytest.fixture(scope="module")
