@@ -62,12 +62,26 @@ std::vector<int64_t> seen_keys(const CaseData& data, const BlockIndex* index, in
   return keys;
 }
 
+// K and V of a head as numbers, row by row.
+struct KeysAndValues {
+  KeysAndValues(const CaseData& data, int64_t s, int32_t h) {
+    const int32_t kv = data.c.gqa_interleave ? h % data.c.h_kv : h / (data.c.h_q / data.c.h_kv);
+    for (int64_t j = 0; j < data.lengths[s].s_kv; ++j) {
+      const std::vector<double> key = data.k_row(s, j, kv), value = data.v_row(s, j, kv);
+      k.emplace_back(key.begin(), key.end());
+      v.emplace_back(value.begin(), value.end());
+    }
+  }
+  std::vector<std::vector<float>> k, v;
+};
+
 // One row as a framework without a fused kernel would: fp32 logits, probabilities rounded to the
 // element type, fp32 sums, the result rounded.
-std::vector<float> naive_row(const CaseData& data, const BlockIndex* index, int64_t s, int32_t h,
-                             int64_t i) {
+std::vector<float> naive_row(const CaseData& data, const KeysAndValues& head,
+                             const BlockIndex* index, int64_t s, int32_t h, int64_t i) {
   const Case& c = data.c;
-  const int32_t kv = c.gqa_interleave ? h % c.h_kv : h / (c.h_q / c.h_kv);
+  const std::vector<double> row = data.q_row(s, i, h);
+  const std::vector<float> q(row.begin(), row.end());
   const int64_t position = data.lengths[s].s_kv - data.lengths[s].s_q + i;
   const float scale =
       data.input.softmax_scale.value_or(1.0f / std::sqrt(static_cast<float>(c.d_qk)));
@@ -75,9 +89,7 @@ std::vector<float> naive_row(const CaseData& data, const BlockIndex* index, int6
   std::vector<float> logits;
   float max = -std::numeric_limits<float>::infinity();
   for (const int64_t j : keys) {
-    float dot = 0;
-    for (int32_t col = 0; col < c.d_qk; ++col) dot += data.q(s, i, h, col) * data.k(s, j, kv, col);
-    logits.push_back(dot * scale);
+    logits.push_back(dot(q.data(), head.k[j].data(), c.d_qk) * scale);
     max = std::max(max, logits.back());
   }
   float sum = 0;
@@ -85,7 +97,7 @@ std::vector<float> naive_row(const CaseData& data, const BlockIndex* index, int6
   std::vector<float> out(c.d_v, 0.0f);
   for (size_t e = 0; e < keys.size(); ++e) {
     const float p = round_to(logits[e] / sum, c.dtype);
-    for (int32_t col = 0; col < c.d_v; ++col) out[col] += p * data.v(s, keys[e], kv, col);
+    add_scaled(out.data(), p, head.v[keys[e]].data(), c.d_v);
   }
   for (float& element : out) element = round_to(element, c.dtype);
   return out;
@@ -111,9 +123,10 @@ Expected expect(const CaseData& data, const BlockIndex* index) {
   run(exact, index, {.backend = Backend::kReference});
   double naive_error = 0, largest = 0;
   for (int64_t s = 0; s < static_cast<int64_t>(data.lengths.size()); ++s) {
-    for (int64_t i = 0; i < data.lengths[s].s_q; ++i) {
-      for (int32_t h = 0; h < data.c.h_q; ++h) {
-        const std::vector<float> naive = naive_row(data, index, s, h, i);
+    for (int32_t h = 0; h < data.c.h_q; ++h) {
+      const KeysAndValues head(data, s, h);
+      for (int64_t i = 0; i < data.lengths[s].s_q; ++i) {
+        const std::vector<float> naive = naive_row(data, head, index, s, h, i);
         for (int32_t col = 0; col < data.c.d_v; ++col) {
           const double want = exact.out_at(s, i, h, col);
           naive_error = std::max(naive_error, std::abs(naive[col] - want));

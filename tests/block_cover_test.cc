@@ -228,21 +228,13 @@ class CoverOracle {
 
  private:
   Numbers row_of(bool query, int64_t i) const {
-    Numbers row;
-    for (int32_t c = 0; c < data_.c.d_qk; ++c) {
-      row.push_back(query ? data_.q(s_, i, h_, c) : data_.k(s_, i, kv_, c));
-    }
-    return row;
+    return query ? data_.q_row(s_, i, h_) : data_.k_row(s_, i, kv_);
   }
   // An error of a logit is a relative error of its exponential.
   double logit(const Numbers& a, const Numbers& b) {
-    double sum = 0, size = 0;
-    for (size_t c = 0; c < a.size(); ++c) {
-      sum += a[c] * b[c];
-      size += std::abs(a[c] * b[c]);
-    }
-    slack = std::max(slack, 4e-7 * std::abs(scale_) * size);
-    return scale_ * sum;
+    const auto n = static_cast<int64_t>(a.size());
+    slack = std::max(slack, 4e-7 * std::abs(scale_) * dot_of_sizes(a.data(), b.data(), n));
+    return scale_ * dot(a.data(), b.data(), n);
   }
   static void softmax(Numbers& x, const Numbers& weights) {
     const double max = *std::max_element(x.begin(), x.end());
@@ -290,8 +282,8 @@ class CoverOracle {
       const auto [q, count] = pool(true, a);
       Numbers p, weights;
       for (int64_t c = 0; c <= a; ++c) {
-        double size = 0;
-        for (size_t e = 0; e < q.size(); ++e) size += std::abs(q[e] * keys[c].first[e]);
+        const double size =
+            dot_of_sizes(q.data(), keys[c].first.data(), static_cast<int64_t>(q.size()));
         largest_logit = std::max(largest_logit, std::abs(scale_) * size);
         p.push_back(logit(q, keys[c].first));
         weights.push_back(keys[c].second);
@@ -525,7 +517,7 @@ TEST_P(BlockCoverOn, SameBitsForAnyNumberOfThreads) {
     Execution execution = GetParam();
     execution.num_threads = 1;
     const Selection one = run(data, pattern, execution);
-    for (const int32_t threads : {2, 3, 8}) {
+    for (const int32_t threads : thread_counts(execution)) {
       execution.num_threads = threads;
       expect_equal(one, run(data, pattern, execution));
     }

@@ -322,6 +322,25 @@ float CaseData::k(int64_t s, int64_t j, int32_t h, int32_t col) const {
 float CaseData::v(int64_t s, int64_t j, int32_t h, int32_t col) const {
   return load_float(row(input.v, s, j, h) + col * element_size(c.dtype), c.dtype);
 }
+std::vector<double> CaseData::numbers(const TensorView& view, int64_t s, int64_t i,
+                                      int32_t h) const {
+  const std::byte* elements = row(view, s, i, h);
+  const size_t size = element_size(c.dtype);
+  std::vector<double> values(view.shape[view.rank - 1]);
+  for (size_t col = 0; col < values.size(); ++col) {
+    values[col] = static_cast<double>(load_float(elements + col * size, c.dtype));
+  }
+  return values;
+}
+std::vector<double> CaseData::q_row(int64_t s, int64_t i, int32_t h) const {
+  return numbers(input.q, s, i, h);
+}
+std::vector<double> CaseData::k_row(int64_t s, int64_t j, int32_t h) const {
+  return numbers(input.k, s, j, h);
+}
+std::vector<double> CaseData::v_row(int64_t s, int64_t j, int32_t h) const {
+  return numbers(input.v, s, j, h);
+}
 void CaseData::set_q(int64_t s, int64_t i, int32_t h, int32_t col, float value) {
   store_float(row(input.q, s, i, h) + col * element_size(c.dtype), c.dtype, value);
 }

@@ -55,6 +55,10 @@ class CaseData {
   float q(int64_t s, int64_t i, int32_t h, int32_t col) const;
   float k(int64_t s, int64_t j, int32_t h, int32_t col) const;
   float v(int64_t s, int64_t j, int32_t h, int32_t col) const;
+  // A whole row: plain loops over single elements would spend their time in finding them.
+  std::vector<double> q_row(int64_t s, int64_t i, int32_t h) const;
+  std::vector<double> k_row(int64_t s, int64_t j, int32_t h) const;
+  std::vector<double> v_row(int64_t s, int64_t j, int32_t h) const;
   void set_q(int64_t s, int64_t i, int32_t h, int32_t col, float value);
   void set_k(int64_t s, int64_t j, int32_t h, int32_t col, float value);
   void set_v(int64_t s, int64_t j, int32_t h, int32_t col, float value);
@@ -65,6 +69,7 @@ class CaseData {
  private:
   CaseData(const Case& c, DType dtype);
   std::byte* row(const TensorView& view, int64_t s, int64_t i, int32_t h) const;
+  std::vector<double> numbers(const TensorView& view, int64_t s, int64_t i, int32_t h) const;
   void lay_out();
   void fill();
 
@@ -72,6 +77,27 @@ class CaseData {
   std::vector<float> lse_memory_;
   std::vector<int32_t> cu_q_, cu_kv_, page_table_, seqlens_kv_;
 };
+
+// Loops of oracles over rows that a test made itself: most of the time of many tests, and ten times
+// as much with a sanitizer, which has nothing to find there.
+#define FLEXPREFILL_TEST_LOOP __attribute__((no_sanitize("address"), no_sanitize("thread")))
+
+template <typename Number>
+FLEXPREFILL_TEST_LOOP Number dot(const Number* a, const Number* b, int64_t n) {
+  Number sum = 0;
+  for (int64_t c = 0; c < n; ++c) sum += a[c] * b[c];
+  return sum;
+}
+// The same of the products' sizes.
+FLEXPREFILL_TEST_LOOP inline double dot_of_sizes(const double* a, const double* b, int64_t n) {
+  double sum = 0;
+  for (int64_t c = 0; c < n; ++c) sum += a[c] * b[c] < 0 ? -a[c] * b[c] : a[c] * b[c];
+  return sum;
+}
+template <typename Number>
+FLEXPREFILL_TEST_LOOP void add_scaled(Number* to, Number factor, const Number* row, int64_t n) {
+  for (int64_t c = 0; c < n; ++c) to[c] += factor * row[c];
+}
 
 // Every causal block with this probability, the diagonal always; with `empty_rows` some rows none.
 BlockIndex random_index(const CaseData& data, double probability, uint32_t seed,

@@ -35,7 +35,7 @@ class Oracle {
     lengths = data.lengths[sequence];
     grid = block_grid(lengths, c.block_size);
     block = c.block_size;
-    for (int64_t j = 0; j < lengths.s_kv; ++j) keys_.push_back(k(j));
+    for (int64_t j = 0; j < lengths.s_kv; ++j) keys_.push_back(data.k_row(sequence, j, kv_));
     scale_ = data.input.softmax_scale.value_or(1 / std::sqrt(static_cast<float>(c.d_qk)));
     probe();
   }
@@ -118,12 +118,25 @@ class Oracle {
   }
 
   // Share of the probe's mass on keys that sees(position, key).
-  double mass(const std::function<bool(int64_t, int64_t)>& sees) const {
+  template <typename Sees>
+  double mass(const Sees& sees) const {
     double kept = 0;
     for (size_t i = 0; i < attention.size(); ++i) {
       for (int64_t j = 0; j < lengths.s_kv; ++j) {
         if (sees(first_position + static_cast<int64_t>(i), j)) kept += attention[i][j];
       }
+    }
+    return kept / static_cast<double>(attention.size());
+  }
+
+  // Share of the probe's mass in blocks that keeps(row of blocks, key block).
+  template <typename Keeps>
+  double mass_of_blocks(const Keeps& keeps) const {
+    double kept = 0;
+    for (size_t i = 0; i < attention.size(); ++i) {
+      const int64_t r = (first_position + static_cast<int64_t>(i)) / block - grid.first_q_block;
+      const Numbers sums = block_sums(attention[i]);
+      for (int64_t j = 0; j < grid.n_kv; ++j) kept += keeps(r, j) ? sums[j] : 0;
     }
     return kept / static_cast<double>(attention.size());
   }
@@ -138,25 +151,12 @@ class Oracle {
   }
 
  private:
-  Numbers q(int64_t i) const {
-    Numbers row;
-    for (int32_t c = 0; c < data_.c.d_qk; ++c) row.push_back(data_.q(sequence_, i, head_, c));
-    return row;
-  }
-  Numbers k(int64_t j) const {
-    Numbers row;
-    for (int32_t c = 0; c < data_.c.d_qk; ++c) row.push_back(data_.k(sequence_, j, kv_, c));
-    return row;
-  }
+  Numbers q(int64_t i) const { return data_.q_row(sequence_, i, head_); }
   double logit(const Numbers& a, const Numbers& b) {
-    double sum = 0, size = 0;
-    for (size_t c = 0; c < a.size(); ++c) {
-      sum += a[c] * b[c];
-      size += std::abs(a[c] * b[c]);
-    }
+    const auto n = static_cast<int64_t>(a.size());
     // An error of the logit is a relative error of its exponential.
-    slack = std::max(slack, 4e-7 * scale_ * size);
-    return scale_ * sum;
+    slack = std::max(slack, 4e-7 * scale_ * dot_of_sizes(a.data(), b.data(), n));
+    return scale_ * dot(a.data(), b.data(), n);
   }
   static void softmax(Numbers& x, const Numbers& weight) {
     const double max = *std::max_element(x.begin(), x.end());
@@ -194,11 +194,12 @@ class Oracle {
   Numbers pooled(const Numbers& q_mean, int64_t n) {
     Numbers row, share;
     for (int64_t b = 0; b < n; ++b) {
-      const auto first = keys_.begin() + b * block;
-      const auto last = keys_.begin() + std::min((b + 1) * block, lengths.s_kv);
-      const std::vector<Numbers> keys(first, last);
-      row.push_back(logit(q_mean, mean(keys)));
-      share.push_back(static_cast<double>(keys.size()) / static_cast<double>(block));
+      const int64_t first = b * block, last = std::min((b + 1) * block, lengths.s_kv);
+      if (b == static_cast<int64_t>(key_means_.size())) {
+        key_means_.push_back(mean({keys_.begin() + first, keys_.begin() + last}));
+      }
+      row.push_back(logit(q_mean, key_means_[b]));
+      share.push_back(static_cast<double>(last - first) / static_cast<double>(block));
     }
     softmax(row, share);
     return row;
@@ -271,7 +272,7 @@ class Oracle {
   int64_t sequence_;
   int32_t head_;
   int32_t kv_ = 0;
-  std::vector<Numbers> keys_;
+  std::vector<Numbers> keys_, key_means_;
   double scale_ = 1;
 };
 

@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "case_table.h"
@@ -45,11 +47,13 @@ class SelectCase : public ::testing::TestWithParam<Case> {
   void for_each_head(const CaseData& data, const Body& body) {
     for (int64_t s = 0; s < static_cast<int64_t>(data.lengths.size()); ++s) {
       for (int32_t h = 0; h < data.c.h_q; ++h) {
-        Oracle oracle(data, s, h);
-        body(s, h, oracle);
+        body(s, h, oracles_.try_emplace({s, h}, data, s, h).first->second);
       }
     }
   }
+
+ private:
+  std::map<std::pair<int64_t, int32_t>, Oracle> oracles_;  // of the one `data` of a test
 };
 
 TEST_P(SelectCase, FlexPrefillDecidesAsTheOracle) {
@@ -291,7 +295,7 @@ TEST_P(SelectOn, SameBitsForAnyNumberOfThreads) {
     Execution execution = GetParam();
     execution.num_threads = 1;
     const Selection one = run(data, pattern, execution);
-    for (const int32_t threads : {2, 3, 8}) {
+    for (const int32_t threads : thread_counts(execution)) {
       execution.num_threads = threads;
       expect_equal(one, run(data, pattern, execution));
     }

@@ -81,11 +81,8 @@ inline void check_head(const Selection& selection, const Oracle& oracle, int64_t
   const HeadAudit& audit = selection.head(s, h);
   EXPECT_FLOAT_EQ(audit.density, static_cast<float>(selection.kept(s, h)) /
                                      static_cast<float>(causal_blocks(oracle.grid)));
-  const auto kept = [&](int64_t position, int64_t key) {
-    const int64_t r = position / oracle.block - oracle.grid.first_q_block;
-    return selection.keeps(s, h, r, key / oracle.block);
-  };
-  EXPECT_NEAR(audit.kept_mass, oracle.mass(kept), 1e-5 + oracle.slack);
+  const auto kept = [&](int64_t r, int64_t j) { return selection.keeps(s, h, r, j); };
+  EXPECT_NEAR(audit.kept_mass, oracle.mass_of_blocks(kept), 1e-5 + oracle.slack);
 }
 
 }  // namespace flexprefill::testing
