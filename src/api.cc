@@ -5,6 +5,7 @@
 #include <variant>
 #include <vector>
 
+#include "attend/compare_rows.h"
 #include "attend/dense_rule.h"
 #include "backend.h"
 #include "flexprefill/flexprefill.h"
@@ -47,8 +48,24 @@ BlockBits run_select(const Problem& problem, const Pattern& pattern, const Execu
   return bits;
 }
 
-void run_prefill(const Problem& problem, const Pattern& pattern, const Execution& execution,
-                 Arena& arena, std::span<HeadAudit> audit) {
+// What a run of prefill is asked and what it says; `audit` serves an active guard too.
+struct Asked {
+  KeptMassGuard guard;
+  std::span<HeadAudit> audit;
+  int64_t compared_rows = 0;
+  std::span<DenseComparison> comparison;
+};
+
+void attend_and_compare(const Problem& problem, const BlockRows& rows, const Execution& execution,
+                        Arena& arena, const Asked& asked) {
+  backend_api(execution.backend).attend(problem, rows, execution, arena);
+  if (arena.counting() || asked.compared_rows == 0) return;
+  compare_rows(problem, rows, asked.compared_rows, execution, asked.comparison);
+}
+
+void run_prefill(const Problem& problem, const Execution& execution, Arena& arena, Asked& asked) {
+  const Pattern& pattern = asked.guard.pattern();
+  const std::span<HeadAudit> audit = asked.audit;
   validate_pattern_heads(problem, pattern);
   const BackendApi& backend = backend_api(execution.backend);
   const bool dense = backend.on_device != nullptr
@@ -56,7 +73,7 @@ void run_prefill(const Problem& problem, const Pattern& pattern, const Execution
                          : prefill_is_dense(dense_rule(execution.backend), problem, pattern);
   if (dense) {
     if (!arena.counting()) std::fill(audit.begin(), audit.end(), HeadAudit{});
-    backend.attend(problem, BlockRows{}, execution, arena);
+    attend_and_compare(problem, BlockRows{}, execution, arena, asked);
     return;
   }
   const BlockBits bits = lay_out_bits(problem, arena);
@@ -65,11 +82,15 @@ void run_prefill(const Problem& problem, const Pattern& pattern, const Execution
                        .window = token_window(pattern),
                        .mean_correction = mean_correction(pattern)};
   if (backend.on_device != nullptr) {
-    backend.on_device->prefill(problem, pattern, rows, execution, arena, audit);
+    backend.on_device->prefill(problem, asked.guard, rows, execution, arena, audit);
     return;
   }
-  backend.select(problem, pattern, execution, arena, bits, audit);
-  backend.attend(problem, rows, execution, arena);
+  const Arena before = arena;
+  const bool sparse = asked.guard.select(audit, [&](const Pattern& chosen) {
+    arena = before;
+    backend.select(problem, chosen, execution, arena, bits, audit);
+  });
+  attend_and_compare(problem, sparse ? rows : BlockRows{}, execution, arena, asked);
 }
 
 // Refuses a workspace that is too small before any stage has written anything, its audit included.
@@ -170,14 +191,31 @@ size_t attend_workspace_size(const AttentionInput& input, const Execution& execu
 void prefill(const AttentionInput& input, const Pattern& pattern, const Execution& execution,
              Workspace workspace, const TensorView& out, const TensorView& lse,
              std::span<HeadAudit> audit) {
+  PrefillAudit heads{.heads = audit};
+  prefill(input, pattern, execution, workspace, out, lse, heads);
+}
+
+void prefill(const AttentionInput& input, const Pattern& pattern, const Execution& execution,
+             Workspace workspace, const TensorView& out, const TensorView& lse,
+             PrefillAudit& audit) {
   check_execution(execution);
   validate_pattern(pattern);
   const Problem problem = make_problem(input, Purpose::kAttend, execution.backend, &out, &lse);
-  validate_audit(problem, audit);
-  check_workspace(workspace, execution,
-                  [&](Arena& needed) { run_prefill(problem, pattern, execution, needed, {}); });
+  validate_audit(problem, audit, execution.backend);
+  check_workspace(workspace, execution, [&](Arena& needed) {
+    Asked nothing{.guard = {pattern, {}}};
+    run_prefill(problem, execution, needed, nothing);
+  });
+  std::vector<HeadAudit> own;
+  if (audit.min_kept_mass && audit.heads.empty()) own.resize(problem.b() * problem.h_q);
+  Asked asked{.guard = {pattern, audit.min_kept_mass},
+              .audit = own.empty() ? audit.heads : std::span<HeadAudit>(own),
+              .compared_rows = audit.compared_rows,
+              .comparison = audit.comparison};
   Arena arena(workspace);
-  run_prefill(problem, pattern, execution, arena, audit);
+  run_prefill(problem, execution, arena, asked);
+  audit.guard = asked.guard.done();
+  audit.gamma = asked.guard.raised_gamma();
 }
 
 size_t prefill_workspace_size(const AttentionInput& input, const Pattern& pattern,
@@ -185,8 +223,9 @@ size_t prefill_workspace_size(const AttentionInput& input, const Pattern& patter
   check_execution(execution);
   validate_pattern(pattern);
   Arena arena;
-  run_prefill(make_problem(input, Purpose::kAttendSize, execution.backend), pattern, execution,
-              arena, {});
+  Asked nothing{.guard = {pattern, {}}};
+  run_prefill(make_problem(input, Purpose::kAttendSize, execution.backend), execution, arena,
+              nothing);
   return arena.bytes();
 }
 

@@ -10,6 +10,7 @@
 #include "arena.h"
 #include "index/block_row.h"
 #include "problem.h"
+#include "select/kept_mass_guard.h"
 
 namespace flexprefill {
 
@@ -23,8 +24,9 @@ struct BackendApi {
                  Arena& arena);
   // The others are nullptr where the stages work on host memory.
   struct OnDevice {
-    // Both stages. rows.bits: memory for the index; no waiting but for an audit.
-    void (*prefill)(const Problem& problem, const Pattern& pattern, const BlockRows& rows,
+    // Both stages. rows.bits: memory for the index; no waiting but for an audit, which an active
+    // guard needs.
+    void (*prefill)(const Problem& problem, KeptMassGuard& guard, const BlockRows& rows,
                     const Execution& execution, Arena& arena, std::span<HeadAudit> audit);
     // The words of `bits` on the host, once the stream has come to them.
     std::vector<uint64_t> (*read_bits)(const BlockBits& bits, const Execution& execution);

@@ -46,6 +46,8 @@ static_assert(FLEXPREFILL_HEAD_DENSE == static_cast<int>(HeadPattern::kDense));
 static_assert(FLEXPREFILL_HEAD_BLOCK_COVER == static_cast<int>(HeadPattern::kBlockCover));
 static_assert(FLEXPREFILL_HEAD_BLOCK_SPARSE == static_cast<int>(HeadPattern::kBlockSparse));
 static_assert(FLEXPREFILL_HEAD_STREAMING == static_cast<int>(HeadPattern::kStreaming));
+static_assert(FLEXPREFILL_GUARD_RAISED_GAMMA == static_cast<int>(Guard::kRaisedGamma));
+static_assert(FLEXPREFILL_GUARD_DENSE == static_cast<int>(Guard::kDense));
 // A view hands the sequences out as pairs of int64.
 static_assert(sizeof(SequenceLengths) == 2 * sizeof(int64_t));
 
@@ -125,6 +127,7 @@ constexpr size_t kPatternSize1 = offsetof(flexprefill_pattern, stride);
 constexpr size_t kExecutionSize1 = offsetof(flexprefill_execution, stream);
 constexpr size_t kViewSize1 = offsetof(flexprefill_block_index_view, mean_correction);
 constexpr size_t kDeviceIndexSize1 = offsetof(flexprefill_device_block_index, mean_correction);
+constexpr size_t kPrefillAuditSize1 = sizeof(flexprefill_prefill_audit);
 
 TensorView to_tensor(const flexprefill_tensor& tensor) {
   TensorView view;
@@ -246,6 +249,24 @@ class AuditOut {
   std::vector<HeadAudit> heads_;
 };
 
+// The same for comparisons.
+class ComparisonOut {
+ public:
+  ComparisonOut(flexprefill_dense_comparison* figures, int64_t count, const char* name)
+      : to_(array(figures, count, name)), heads_(to_.size()) {}
+  std::span<DenseComparison> heads() { return heads_; }
+  void write() const {
+    for (size_t h = 0; h < to_.size(); ++h) {
+      const DenseComparison& head = heads_[h];
+      to_[h] = {head.kept_mass, head.least_kept_mass, head.error, head.rows};
+    }
+  }
+
+ private:
+  std::span<flexprefill_dense_comparison> to_;
+  std::vector<DenseComparison> heads_;
+};
+
 }  // namespace
 
 // In this namespace they are declared anew, without the attribute of the header.
@@ -343,6 +364,33 @@ flexprefill_status flexprefill_prefill(const flexprefill_input* input,
   });
 }
 
+flexprefill_status flexprefill_prefill_audited(const flexprefill_input* input,
+                                               const flexprefill_pattern* pattern,
+                                               const flexprefill_execution* execution,
+                                               void* workspace, size_t workspace_bytes,
+                                               const flexprefill_tensor* out,
+                                               const flexprefill_tensor* lse,
+                                               flexprefill_prefill_audit* audit) {
+  return guarded([&] {
+    std::vector<MInferenceHead> heads;
+    const flexprefill_prefill_audit in =
+        read_struct(audit, flexprefill_prefill_audit_default(), kPrefillAuditSize1, "audit");
+    AuditOut heads_out(in.heads, in.heads_count);
+    ComparisonOut comparison_out(in.comparison, in.comparison_count, "comparison");
+    PrefillAudit asked{.heads = heads_out.heads(),
+                       .compared_rows = in.compared_rows,
+                       .comparison = comparison_out.heads()};
+    if (in.has_min_kept_mass != 0) asked.min_kept_mass = in.min_kept_mass;
+    prefill(to_input(input), to_pattern(pattern, heads), to_execution(execution),
+            {workspace, workspace_bytes}, to_tensor(required(out, "out")),
+            lse == nullptr ? TensorView{} : to_tensor(*lse), asked);
+    heads_out.write();
+    comparison_out.write();
+    audit->guard = static_cast<int32_t>(asked.guard);
+    audit->gamma = asked.gamma;
+  });
+}
+
 flexprefill_status flexprefill_device_block_index_size(const flexprefill_input* input,
                                                        int64_t* rows, int64_t* capacity) {
   return guarded([&] {
@@ -413,13 +461,11 @@ flexprefill_status flexprefill_compare_with_dense(const flexprefill_input* input
                                                   flexprefill_dense_comparison* figures,
                                                   int64_t figure_count) {
   return guarded([&] {
-    const std::span<flexprefill_dense_comparison> to = array(figures, figure_count, "figures");
-    std::vector<DenseComparison> heads(to.size());
+    ComparisonOut figures_out(figures, figure_count, "figures");
     compare_with_dense(to_input(input), required(index, "index").index,
-                       to_tensor(required(out, "out")), rows, to_execution(execution), heads);
-    for (size_t h = 0; h < to.size(); ++h) {
-      to[h] = {heads[h].kept_mass, heads[h].least_kept_mass, heads[h].error, heads[h].rows};
-    }
+                       to_tensor(required(out, "out")), rows, to_execution(execution),
+                       figures_out.heads());
+    figures_out.write();
   });
 }
 

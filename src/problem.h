@@ -8,6 +8,7 @@
 
 #include "flexprefill/attend.h"
 #include "flexprefill/block_index.h"
+#include "flexprefill/flexprefill.h"
 #include "flexprefill/select.h"
 #include "flexprefill/types.h"
 
@@ -97,6 +98,7 @@ void validate_pattern(const Pattern& pattern);
 // A pattern of per-head choices must have one for each query head.
 void validate_pattern_heads(const Problem& problem, const Pattern& pattern);
 void validate_audit(const Problem& problem, std::span<HeadAudit> audit);
+void validate_audit(const Problem& problem, const PrefillAudit& audit, Backend backend);
 // The index must be of this problem's lengths, heads and block size, and well formed.
 void validate_index(const Problem& problem, const BlockIndex& index);
 

@@ -401,6 +401,28 @@ void validate_audit(const Problem& problem, std::span<HeadAudit> audit) {
   }
 }
 
+void validate_audit(const Problem& problem, const PrefillAudit& audit, Backend backend) {
+  validate_audit(problem, audit.heads);
+  if (audit.min_kept_mass && !(*audit.min_kept_mass >= 0 && *audit.min_kept_mass <= 1)) {
+    refuse("min_kept_mass: expected a number in [0, 1], got " +
+           std::to_string(*audit.min_kept_mass));
+  }
+  if (audit.compared_rows < 0) {
+    refuse("compared_rows: expected at least 0, got " + std::to_string(audit.compared_rows));
+  }
+  const int64_t expected = audit.compared_rows == 0 ? 0 : problem.b() * problem.h_q;
+  if (static_cast<int64_t>(audit.comparison.size()) != expected) {
+    refuse("comparison: expected " + std::to_string(expected) + " entries for " +
+           std::to_string(audit.compared_rows) + " compared rows, got " +
+           std::to_string(audit.comparison.size()));
+  }
+  if (audit.compared_rows > 0 && is_cuda(backend)) {
+    throw Error(ErrorCode::kUnsupported,
+                "compared_rows: the comparison with dense attention runs on host memory only, so "
+                "a CUDA backend takes 0");
+  }
+}
+
 void validate_index(const Problem& problem, const BlockIndex& index) {
   if (index.block_size != problem.block_size) {
     refuse("index: expected block_size " + std::to_string(problem.block_size) + ", got " +

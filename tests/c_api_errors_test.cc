@@ -188,6 +188,35 @@ TEST(CApi, RefusesAnAuditOfTheWrongSize) {
   EXPECT_EQ(call.out[0], 7);
 }
 
+TEST(CApi, RefusesABadAuditOfACall) {
+  Call call;
+  std::vector<flexprefill_head_audit> heads(4, flexprefill_head_audit{.pattern = 77});
+  const auto expect = [&](flexprefill_prefill_audit* audit, const std::string& word) {
+    EXPECT_EQ(flexprefill_prefill_audited(&call.input, &call.pattern, &call.execution,
+                                          call.workspace.data(), call.workspace.size(),
+                                          &call.out_tensor, nullptr, audit),
+              FLEXPREFILL_INVALID_ARGUMENT);
+    EXPECT_NE(last_error().find(word), std::string::npos) << last_error();
+    EXPECT_EQ(heads[0].pattern, 77);
+    EXPECT_EQ(call.out[0], 7);
+  };
+  expect(nullptr, "audit: expected a pointer, got NULL");
+  flexprefill_prefill_audit audit = flexprefill_prefill_audit_default();
+  audit.struct_size = 0;
+  expect(&audit, "audit.struct_size: expected at least");
+  audit = flexprefill_prefill_audit_default();
+  audit.heads = heads.data();
+  audit.heads_count = 4;
+  audit.has_min_kept_mass = 1;
+  audit.min_kept_mass = 2;
+  expect(&audit, "min_kept_mass: expected a number in [0, 1], got 2");
+  audit.min_kept_mass = 0;
+  audit.compared_rows = 3;
+  expect(&audit, "comparison: expected 4 entries for 3 compared rows, got 0");
+  audit.comparison_count = 4;
+  expect(&audit, "comparison: expected 4 entries, got NULL");
+}
+
 TEST(CApi, RefusesNullPointers) {
   Call call;
   size_t bytes = 0;

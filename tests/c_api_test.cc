@@ -134,6 +134,55 @@ TEST(CApi, TheAuditSaysWhereABudgetLeavesLessThanGamma) {
   }
 }
 
+TEST(CApi, AnAuditedCallHasAFloorAndAComparison) {
+  using namespace flexprefill;
+  Call call, dense;
+  std::vector<flexprefill_head_audit> heads(Call::kB * Call::kHq);
+  std::vector<flexprefill_dense_comparison> comparison(heads.size());
+  flexprefill_prefill_audit audit = flexprefill_prefill_audit_default();
+  const auto prefill = [&] {
+    return flexprefill_prefill_audited(&call.input, &call.pattern, &call.execution,
+                                       call.workspace.data(), call.workspace.size(),
+                                       &call.out_tensor, nullptr, &audit);
+  };
+  audit.guard = 77;  // written
+  ASSERT_EQ(prefill(), FLEXPREFILL_OK) << last_error();
+  EXPECT_EQ(audit.guard, FLEXPREFILL_GUARD_NONE);
+
+  audit.heads = heads.data();
+  audit.heads_count = static_cast<int64_t>(heads.size());
+  audit.compared_rows = 10;
+  audit.comparison = comparison.data();
+  audit.comparison_count = static_cast<int64_t>(comparison.size());
+  ASSERT_EQ(prefill(), FLEXPREFILL_OK) << last_error();
+  EXPECT_LT(heads[0].density, 1);
+  EXPECT_EQ(comparison[0].rows, 10);
+  EXPECT_GT(comparison[0].error, 0.001f);
+
+  audit.has_min_kept_mass = 1;
+  audit.min_kept_mass = 1;
+  ASSERT_EQ(prefill(), FLEXPREFILL_OK) << last_error();
+  EXPECT_EQ(audit.guard, FLEXPREFILL_GUARD_DENSE);
+  EXPECT_EQ(heads[0].pattern, FLEXPREFILL_HEAD_DENSE);
+  EXPECT_LT(comparison[0].error, 0.001f);
+  dense.pattern = flexprefill_pattern_default(FLEXPREFILL_PATTERN_DENSE);
+  ASSERT_EQ(dense.prefill(), FLEXPREFILL_OK);
+  EXPECT_EQ(call.out, dense.out);
+
+  call.pattern = flexprefill_pattern_default(FLEXPREFILL_PATTERN_BLOCK_COVER);
+  call.pattern.gamma = 0.2f;
+  call.pattern.column_share = 0;
+  audit.min_kept_mass = 0;
+  ASSERT_EQ(prefill(), FLEXPREFILL_OK) << last_error();
+  EXPECT_EQ(audit.guard, FLEXPREFILL_GUARD_NONE);
+  float least = 1;
+  for (const flexprefill_head_audit& head : heads) least = std::fmin(least, head.kept_mass);
+  audit.min_kept_mass = least + 0.001f;
+  ASSERT_EQ(prefill(), FLEXPREFILL_OK) << last_error();
+  EXPECT_EQ(audit.guard, FLEXPREFILL_GUARD_RAISED_GAMMA);
+  EXPECT_GT(audit.gamma, 0.2f);
+}
+
 TEST(CApi, PatternOfTheFirstVersionIsTaken) {
   Call call;
   call.pattern.struct_size = offsetof(flexprefill_pattern, stride);

@@ -497,6 +497,14 @@ TEST_P(CudaCall, WhatWaitsIsRefusedWhileTheStreamIsCaptured) {
                     },
                     ErrorCode::kUnsupported),
                 "prefill with an audit waits");
+    PrefillAudit floor{.min_kept_mass = 0.5f};
+    expect_says(message_of(
+                    [&] {
+                      prefill(call.input, FlexPrefill{}, on_stream, workspace, call.out, call.lse,
+                              floor);
+                    },
+                    ErrorCode::kUnsupported),
+                "prefill with min_kept_mass waits for the stream");
   });
 }
 

@@ -26,7 +26,7 @@ extern "C" {
 #endif
 
 // Goes up when something is added here; what is here stays as it is within a major version.
-#define FLEXPREFILL_C_API_VERSION 5
+#define FLEXPREFILL_C_API_VERSION 6
 
 typedef int32_t flexprefill_status;
 enum {
@@ -78,6 +78,13 @@ enum {
   FLEXPREFILL_HEAD_STREAMING = 3,
   FLEXPREFILL_HEAD_BLOCK_SPARSE = 4,  // by a score for each block; since version 3
   FLEXPREFILL_HEAD_BLOCK_COVER = 5    // since version 5
+};
+
+// What min_kept_mass made of a call; Guard in flexprefill.h. Since version 6.
+enum {
+  FLEXPREFILL_GUARD_NONE = 0,
+  FLEXPREFILL_GUARD_RAISED_GAMMA = 1,
+  FLEXPREFILL_GUARD_DENSE = 2
 };
 
 // MInferenceHead::Kind in select.h.
@@ -183,6 +190,30 @@ typedef struct flexprefill_head_audit {
   int32_t rows_below_gamma;  // block_cover
 } flexprefill_head_audit;
 
+// What a selection has cost one query head of one sequence; DenseComparison in compare.h.
+typedef struct flexprefill_dense_comparison {
+  float kept_mass;
+  float least_kept_mass;
+  float error;
+  int32_t rows;
+} flexprefill_dense_comparison;
+
+// What a call of prefill is asked about itself, and its answers; PrefillAudit in flexprefill.h.
+// Since version 6.
+typedef struct flexprefill_prefill_audit {
+  size_t struct_size;
+  flexprefill_head_audit* heads;  // NULL with heads_count 0, or [b * h_q], sequence-major
+  int64_t heads_count;
+  int32_t has_min_kept_mass;  // 0: no floor
+  float min_kept_mass;        // in [0, 1]
+  int64_t compared_rows;      // of each head, compared with dense attention; host backends only
+  flexprefill_dense_comparison* comparison;  // NULL with compared_rows 0, or [b * h_q]
+  int64_t comparison_count;
+  // Written.
+  int32_t guard;  // FLEXPREFILL_GUARD_*
+  float gamma;    // with FLEXPREFILL_GUARD_RAISED_GAMMA the gamma that was kept
+} flexprefill_prefill_audit;
+
 // The arrays of an index; BlockIndex in block_index.h.
 typedef struct flexprefill_block_index_view {
   size_t struct_size;
@@ -261,6 +292,13 @@ static inline flexprefill_execution flexprefill_execution_default(void) {
   memset(&execution, 0, sizeof(execution));
   execution.struct_size = sizeof(execution);
   return execution;
+}
+
+static inline flexprefill_prefill_audit flexprefill_prefill_audit_default(void) {
+  flexprefill_prefill_audit audit;
+  memset(&audit, 0, sizeof(audit));
+  audit.struct_size = sizeof(audit);
+  return audit;
 }
 
 static inline flexprefill_block_index_view flexprefill_block_index_view_default(void) {
@@ -345,6 +383,13 @@ flexprefill_prefill(const flexprefill_input* input, const flexprefill_pattern* p
                     const flexprefill_execution* execution, void* workspace, size_t workspace_bytes,
                     const flexprefill_tensor* out, const flexprefill_tensor* lse,
                     flexprefill_head_audit* audit, int64_t audit_count);
+// The same, audited: with a floor for the kept mass, and a comparison with dense attention. Takes
+// flexprefill_prefill_workspace_size; on a CUDA backend a floor waits for the stream once for each
+// selection. Since version 6.
+FLEXPREFILL_API flexprefill_status flexprefill_prefill_audited(
+    const flexprefill_input* input, const flexprefill_pattern* pattern,
+    const flexprefill_execution* execution, void* workspace, size_t workspace_bytes,
+    const flexprefill_tensor* out, const flexprefill_tensor* lse, flexprefill_prefill_audit* audit);
 
 // ---- The stages on a CUDA backend, with an index that stays on the device
 //
@@ -370,13 +415,6 @@ FLEXPREFILL_API flexprefill_status flexprefill_attend_on_device(
     const flexprefill_execution* execution, void* workspace, size_t workspace_bytes,
     const flexprefill_tensor* out, const flexprefill_tensor* lse);
 
-// What a selection has cost one query head of one sequence; DenseComparison in compare.h.
-typedef struct flexprefill_dense_comparison {
-  float kept_mass;
-  float least_kept_mass;
-  float error;
-  int32_t rows;
-} flexprefill_dense_comparison;
 // Compares `out`, which attend made of `index`, with dense attention on `rows` rows of every head;
 // figures [b * h_q]. Host backends only. Since version 3.
 FLEXPREFILL_API flexprefill_status flexprefill_compare_with_dense(

@@ -6,7 +6,9 @@
 #ifndef FLEXPREFILL_FLEXPREFILL_H_
 #define FLEXPREFILL_FLEXPREFILL_H_
 
+#include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 
@@ -27,6 +29,32 @@ FLEXPREFILL_API void prefill(const AttentionInput& input, const Pattern& pattern
                              const TensorView& lse = {}, std::span<HeadAudit> audit = {});
 FLEXPREFILL_API size_t prefill_workspace_size(const AttentionInput& input, const Pattern& pattern,
                                               const Execution& execution);
+
+// What PrefillAudit::min_kept_mass made of a call.
+enum class Guard : int32_t { kNone = 0, kRaisedGamma = 1, kDense = 2 };
+
+// What a call of prefill is asked about itself, and its answers.
+struct PrefillAudit {
+  std::span<HeadAudit> heads;  // to write: empty or [b * h_q], sequence-major
+  // A floor for the kept_mass of every head, in [0, 1]. Where one keeps less, the call is selected
+  // anew, with gamma raised half way to 1 up to three times (FlexPrefill, BlockCover), and is dense
+  // where that does not do or the pattern has no gamma. `heads` has the figures of what was done.
+  std::optional<float> min_kept_mass = std::nullopt;
+  // compare_with_dense of this call; on a CUDA backend, refused.
+  int64_t compared_rows = 0;              // of each head; 0: no comparison
+  std::span<DenseComparison> comparison;  // to write: [b * h_q], or empty with 0 rows
+  // Written.
+  Guard guard = Guard::kNone;
+  float gamma = 0;  // with Guard::kRaisedGamma the gamma that was kept
+};
+
+// prefill, audited. The same workspace; a floor without `heads` and a comparison allocate scratch
+// on the host. On a CUDA backend the host must see the figures of a selection to judge it: a floor
+// makes the call wait for the stream once for each selection, one to four times, and it cannot be
+// captured in a CUDA graph.
+FLEXPREFILL_API void prefill(const AttentionInput& input, const Pattern& pattern,
+                             const Execution& execution, Workspace workspace, const TensorView& out,
+                             const TensorView& lse, PrefillAudit& audit);
 
 // Owns scratch memory for callers who do not want to: grows when asked for more, never shrinks.
 // Not for use by two threads at once.

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "backend.h"
+#include "attend/compare_rows.h"
 #include "cpu/parallel.h"
 #include "math.h"
 #include "select/pattern.h"
@@ -100,6 +100,18 @@ class HeadComparison {
 
 }  // namespace
 
+void compare_rows(const Problem& problem, const BlockRows& kept, int64_t rows,
+                  const Execution& execution, std::span<DenseComparison> heads) {
+  std::vector<DenseComparison> found(heads.size());
+  parallel_tasks(worker_count(execution), static_cast<int64_t>(heads.size()),
+                 [&](int, int64_t task) {
+                   HeadComparison head(problem, kept, task / problem.h_q,
+                                       static_cast<int32_t>(task % problem.h_q));
+                   found[task] = head.run(rows);
+                 });
+  std::copy(found.begin(), found.end(), heads.begin());
+}
+
 void compare_with_dense(const AttentionInput& input, const BlockIndex& index, const TensorView& out,
                         int64_t rows, const Execution& execution,
                         std::span<DenseComparison> heads) {
@@ -122,13 +134,7 @@ void compare_with_dense(const AttentionInput& input, const BlockIndex& index, co
   }
   const BlockRows kept{.csr = &index,
                        .window = TokenWindow::of(index.global_window, index.local_window)};
-  std::vector<DenseComparison> found(heads.size());
-  parallel_tasks(worker_count(execution), n, [&](int, int64_t task) {
-    HeadComparison head(problem, kept, task / problem.h_q,
-                        static_cast<int32_t>(task % problem.h_q));
-    found[task] = head.run(rows);
-  });
-  std::copy(found.begin(), found.end(), heads.begin());
+  compare_rows(problem, kept, rows, execution, heads);
 }
 
 }  // namespace flexprefill

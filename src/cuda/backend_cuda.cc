@@ -245,10 +245,11 @@ bool goes_dense(const Problem& problem, const Pattern& pattern, const Execution&
   return prefill_is_dense(rule, problem, pattern, device_info().multiprocessors);
 }
 
-void prefill(const Problem& problem, const Pattern& pattern, const BlockRows& rows,
+void prefill(const Problem& problem, KeptMassGuard& guard, const BlockRows& rows,
              const Execution& execution, Arena& arena, std::span<HeadAudit> audit) {
-  begin(problem, execution, arena, audit.empty() ? nullptr : "prefill with an audit");
-  if (goes_dense(problem, pattern, execution, arena, !audit.empty())) {
+  const char* audited = guard.active() ? "prefill with min_kept_mass" : "prefill with an audit";
+  begin(problem, execution, arena, audit.empty() ? nullptr : audited);
+  if (goes_dense(problem, guard.pattern(), execution, arena, !audit.empty())) {
     const DeviceProblem device = make_device_problem(problem, arena, execution.stream);
     run_attend(device, problem, {.bits = nullptr, .window = {}}, execution, arena);
     if (!arena.counting()) std::fill(audit.begin(), audit.end(), HeadAudit{});
@@ -257,11 +258,18 @@ void prefill(const Problem& problem, const Pattern& pattern, const BlockRows& ro
   const AuditCopy copy(problem, arena, audit);
   const DeviceProblem device = make_device_problem(problem, arena, execution.stream);
   uint64_t* bits = rows.bits->words;
-  select_cuda(device, problem, pattern, execution, arena, bits, copy.device());
-  const DeviceRows device_rows{
-      .bits = bits, .window = rows.window, .mean_correction = rows.mean_correction};
+  const Arena before = arena;
+  const bool sparse = guard.select(audit, [&](const Pattern& pattern) {
+    arena = before;
+    select_cuda(device, problem, pattern, execution, arena, bits, copy.device());
+    if (guard.active()) copy.copy_back(execution);
+  });
+  DeviceRows device_rows{.bits = nullptr, .window = {}};
+  if (sparse) {
+    device_rows = {.bits = bits, .window = rows.window, .mean_correction = rows.mean_correction};
+  }
   run_attend(device, problem, device_rows, execution, arena);
-  if (!arena.counting()) copy.copy_back(execution);
+  if (!arena.counting() && !guard.active()) copy.copy_back(execution);
 }
 
 std::vector<uint64_t> read_bits(const BlockBits& bits, const Execution& execution) {

@@ -24,7 +24,14 @@ constexpr int64_t kMostSequences = 1 << 12;
 constexpr size_t kMostWorkspace = 64 << 20;
 
 enum Function : uint8_t { kPrefill, kSelect, kAttend, kSelectThenAttend, kFunctions };
-enum Flag : uint8_t { kWithLse = 1, kWithAudit = 2, kShortWorkspace = 4, kPaged = 8, kNull = 16 };
+enum Flag : uint8_t {
+  kWithLse = 1,
+  kWithAudit = 2,
+  kShortWorkspace = 4,
+  kPaged = 8,
+  kNull = 16,
+  kAudited = 32  // flexprefill_prefill_audited, with what `fill` says
+};
 
 // The fuzzer's bytes, laid over this. Pointers in it are replaced.
 struct Script {
@@ -152,8 +159,23 @@ void run(Script& script, const std::vector<uint8_t>& out_memory) {
   const std::vector<uint8_t> out_before = out_memory;
   flexprefill_status done = FLEXPREFILL_OK;
   if (script.function == kPrefill) {
-    done = flexprefill_prefill(&input, &script.pattern, &script.execution, workspace.data(),
-                               workspace.size(), &script.out, lse, audit.data(), audit_count);
+    if (script.flags & kAudited) {
+      std::vector<flexprefill_dense_comparison> figures(audit.size());
+      flexprefill_prefill_audit asked = flexprefill_prefill_audit_default();
+      asked.heads = audit.data();
+      asked.heads_count = audit_count;
+      asked.has_min_kept_mass = script.fill & 1;
+      asked.min_kept_mass = static_cast<float>(script.fill) / 200;
+      asked.compared_rows = script.fill & 2;
+      asked.comparison = figures.data();
+      asked.comparison_count = asked.compared_rows > 0 ? audit_count : 0;
+      done =
+          flexprefill_prefill_audited(&input, &script.pattern, &script.execution, workspace.data(),
+                                      workspace.size(), &script.out, lse, &asked);
+    } else {
+      done = flexprefill_prefill(&input, &script.pattern, &script.execution, workspace.data(),
+                                 workspace.size(), &script.out, lse, audit.data(), audit_count);
+    }
   } else if (script.function == kAttend) {
     done = flexprefill_attend(&input, nullptr, &script.execution, workspace.data(),
                               workspace.size(), &script.out, lse);
