@@ -35,6 +35,8 @@ using DeviceInt32 = nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig>;
 using Int64Vector = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using AuditArray =
     nb::ndarray<float, nb::shape<-1, -1, 8>, nb::c_contig, nb::device::cpu>;  // [b, h_q, 8]
+using ComparisonArray =
+    nb::ndarray<float, nb::shape<-1, -1, 4>, nb::c_contig, nb::device::cpu>;  // [b, h_q, 4]
 
 nb::dlpack::dtype dlpack_type(DType dtype) {
   const auto code =
@@ -152,6 +154,20 @@ std::vector<HeadAudit> audit_storage(const std::optional<AuditArray>& audit) {
   return std::vector<HeadAudit>(audit ? audit->shape(0) * audit->shape(1) : 0);
 }
 
+// DenseComparison as the four floats of a row of ComparisonArray, in the order of its fields.
+void write_comparison(const std::vector<DenseComparison>& comparison, float* rows) {
+  for (const DenseComparison& head : comparison) {
+    *rows++ = head.kept_mass;
+    *rows++ = head.least_kept_mass;
+    *rows++ = head.error;
+    *rows++ = static_cast<float>(head.rows);
+  }
+}
+
+std::vector<DenseComparison> comparison_storage(const std::optional<ComparisonArray>& array) {
+  return std::vector<DenseComparison>(array ? array->shape(0) * array->shape(1) : 0);
+}
+
 // The caller's memory on the device, or for a call on the host memory of this object's own.
 class CallWorkspace {
  public:
@@ -166,18 +182,27 @@ class CallWorkspace {
   Workspace workspace_;
 };
 
-void call_prefill(const Call& call, const Pattern& pattern, const Tensor& out, const Tensor* lse,
-                  std::optional<AuditArray> audit, const std::optional<Scratch>& scratch) {
+// What the guard did, and the gamma that was kept: PrefillAudit::guard and gamma.
+std::pair<int32_t, float> call_prefill(const Call& call, const Pattern& pattern, const Tensor& out,
+                                       const Tensor* lse, std::optional<AuditArray> audit,
+                                       const std::optional<Scratch>& scratch,
+                                       std::optional<double> min_kept_mass, int64_t compared_rows,
+                                       std::optional<ComparisonArray> comparison) {
   std::vector<HeadAudit> heads = audit_storage(audit);
+  std::vector<DenseComparison> figures = comparison_storage(comparison);
+  PrefillAudit asked{.heads = heads, .compared_rows = compared_rows, .comparison = figures};
+  if (min_kept_mass) asked.min_kept_mass = static_cast<float>(*min_kept_mass);
   const TensorView lse_view = lse != nullptr ? lse->view() : TensorView{};
   {
     nb::gil_scoped_release released;
     const DeviceGuard guard(call.device);
     const CallWorkspace workspace(
         scratch, [&] { return prefill_workspace_size(call.input, pattern, call.execution); });
-    prefill(call.input, pattern, call.execution, workspace, out.view(), lse_view, heads);
+    prefill(call.input, pattern, call.execution, workspace, out.view(), lse_view, asked);
   }
   if (audit) write_audit(heads, audit->data());
+  if (comparison) write_comparison(figures, comparison->data());
+  return {static_cast<int32_t>(asked.guard), asked.gamma};
 }
 
 size_t call_prefill_workspace_size(const Call& call, const Pattern& pattern) {
@@ -220,23 +245,14 @@ void call_attend(const Call& call, const BlockIndex* index, const Tensor& out, c
   attend(call.input, index, call.execution, workspace, out.view(), lse_view);
 }
 
-using ComparisonArray =
-    nb::ndarray<float, nb::shape<-1, -1, 4>, nb::c_contig, nb::device::cpu>;  // [b, h_q, 4]
-
 void call_compare(const Call& call, const BlockIndex& index, const Tensor& out, int64_t rows,
                   const ComparisonArray& figures) {
-  std::vector<DenseComparison> heads(figures.shape(0) * figures.shape(1));
+  std::vector<DenseComparison> heads = comparison_storage(figures);
   {
     nb::gil_scoped_release released;
     compare_with_dense(call.input, index, out.view(), rows, call.execution, heads);
   }
-  float* to = figures.data();
-  for (const DenseComparison& head : heads) {
-    *to++ = head.kept_mass;
-    *to++ = head.least_kept_mass;
-    *to++ = head.error;
-    *to++ = static_cast<float>(head.rows);
-  }
+  write_comparison(heads, figures.data());
 }
 
 // A DeviceBlockIndex and the memory that it borrows.
@@ -499,7 +515,8 @@ NB_MODULE(_core, m) {
       "block_size"_a, "backend"_a, "cpu_target"_a, "num_threads"_a, "device"_a = -1,
       "stream"_a = 0);
   m.def("prefill", &call_prefill, "call"_a, "pattern"_a, "out"_a, "lse"_a.none(), "audit"_a.none(),
-        "scratch"_a = nb::none());
+        "scratch"_a = nb::none(), "min_kept_mass"_a = nb::none(), "compared_rows"_a = 0,
+        "comparison"_a = nb::none());
   m.def("compare_with_dense", &call_compare, "call"_a, "index"_a, "out"_a, "rows"_a, "figures"_a);
   m.def("prefill_workspace_size", &call_prefill_workspace_size, "call"_a, "pattern"_a);
   m.def("select", &call_select, "call"_a, "pattern"_a, "audit"_a.none(), "scratch"_a = nb::none());

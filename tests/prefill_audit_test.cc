@@ -18,9 +18,11 @@ namespace {
 
 Case audited_case(const Execution& execution, Layout layout = Layout::kPaged) {
   return {.name = "audited",
-          .lengths = {{300, 420}, {300, 420}},
+          .lengths = {{200, 300}, {200, 300}},
           .h_q = 4,
           .h_kv = 2,
+          .d_qk = 32,
+          .d_v = 32,
           .dtype = widest_dtype(execution),
           .block_size = 32,
           .layout = layout,
@@ -116,7 +118,7 @@ TEST_P(PrefillAuditTest, AFloorThatNoGammaKeepsGivesDenseAttention) {
   run(dense, Dense{});
   // Some have no gamma, one has no more of it to give, some a budget in the way.
   const std::vector<Pattern> patterns{
-      kLow,
+      FlexPrefill{.gamma = 0.5f, .tau = 0, .min_budget = 0, .max_budget = 32},
       VerticalSlash{32, 32},
       StreamingLlm{16, 40},
       FlashPrefill{.alpha = 0.9f, .global_window = 32, .local_window = 32, .last_queries = 0},

@@ -120,7 +120,12 @@ def prefill(
     lse: Tensor | None,
     audit: NDArray[np.float32] | None,
     scratch: Any = None,
-) -> None: ...
+    min_kept_mass: float | None = None,
+    compared_rows: int = 0,
+    comparison: NDArray[np.float32] | None = None,
+) -> tuple[int, float]:
+    """What the guard did (0: nothing, 1: raised gamma, 2: dense), and the raised gamma."""
+
 def compare_with_dense(
     call: Call, index: BlockIndex, out: Tensor, rows: int, figures: NDArray[np.float32]
 ) -> None: ...

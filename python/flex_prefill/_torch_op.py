@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from flex_prefill import attention
 from flex_prefill._tensors import int32_array
+from flex_prefill.audit import AuditRows
 from flex_prefill.block_index import BlockIndex
 from flex_prefill.patterns import Pattern, from_values
 
@@ -49,7 +48,9 @@ def _prefill_op(
     num_threads: int,
     return_lse: bool,
     audit: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    min_kept_mass: float | None,
+    compared_rows: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     out, lse, rows = attention.run_prefill(
         q,
         k,
@@ -67,11 +68,16 @@ def _prefill_op(
         num_threads=num_threads,
         return_lse=return_lse,
         audit=audit,
+        min_kept_mass=min_kept_mass,
+        compared_rows=compared_rows,
     )
+    none = [q.new_empty(0, dtype=torch.float32) for _ in range(4)]  # an op's results share nothing
     return (
         out,
-        q.new_empty(0, dtype=torch.float32) if lse is None else lse,
-        q.new_empty(0, dtype=torch.float32) if rows is None else torch.from_numpy(rows),
+        none[0] if lse is None else lse,
+        none[1] if rows is None else torch.from_numpy(rows.heads),
+        none[2] if rows is None else torch.from_numpy(rows.guard),
+        none[3] if rows is None or rows.comparison is None else torch.from_numpy(rows.comparison),
     )
 
 
@@ -94,15 +100,23 @@ def _prefill_fake(
     num_threads: int,
     return_lse: bool,
     audit: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    min_kept_mass: float | None,
+    compared_rows: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     lse = attention.lse_shape(q) if return_lse else (0,)
+    shape = attention.audit_shape(q, cu_seqlens_q)
+
+    def of_audit(asked: bool, *shape: Any) -> torch.Tensor:
+        if not asked:
+            return q.new_empty(0, dtype=torch.float32)
+        return torch.empty(shape, dtype=torch.float32, device="cpu")  # wherever the call was
+
     return (
         q.new_empty(attention.out_shape(q, v)),
         q.new_empty(lse, dtype=torch.float32),
-        # An audit is on the CPU, wherever the call was.
-        torch.empty(attention.audit_shape(q, cu_seqlens_q), dtype=torch.float32, device="cpu")
-        if audit
-        else q.new_empty(0, dtype=torch.float32),
+        of_audit(audit, *shape),
+        of_audit(audit, 2),
+        of_audit(audit and compared_rows > 0, *shape[:2], 4),
     )
 
 
@@ -142,21 +156,32 @@ def prefill(
     *,
     return_lse: bool,
     audit: bool,
+    min_kept_mass: float | None,
+    compared_rows: int,
     out: torch.Tensor | None,
     **options: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None, npt.NDArray[np.float32] | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None, AuditRows | None]:
     """attention.run_prefill through the op, which torch.compile and autograd know."""
     _check_kind((k, "k"), (v, "v"))
     if out is not None:
         _check_out(q, k, v, out)
         return attention.run_prefill(
-            q, k, v, pattern, return_lse=return_lse, audit=audit, out=out, **options
+            q,
+            k,
+            v,
+            pattern,
+            return_lse=return_lse,
+            audit=audit,
+            min_kept_mass=min_kept_mass,
+            compared_rows=compared_rows,
+            out=out,
+            **options,
         )
     for name, rank in _LENGTHS.items():
         lengths = options[name]
         if lengths is not None and not isinstance(lengths, torch.Tensor):
             options[name] = torch.from_numpy(int32_array(lengths, name, rank))
-    result, lse, rows = _prefill_op(
+    result, lse, *figures = _prefill_op(
         q,
         k,
         v,
@@ -164,9 +189,15 @@ def prefill(
         pattern.values(),
         return_lse=return_lse,
         audit=audit,
+        min_kept_mass=min_kept_mass,
+        compared_rows=compared_rows,
         **options,
     )
-    return result, lse if return_lse else None, rows.numpy() if audit else None
+    rows = None
+    if audit:
+        heads, guard, comparison = (figure.numpy() for figure in figures)
+        rows = AuditRows(heads, guard, comparison if compared_rows > 0 else None)
+    return result, lse if return_lse else None, rows
 
 
 def attend(

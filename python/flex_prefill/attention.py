@@ -31,7 +31,7 @@ On a GPU (bfloat16 and float16) a call is queued on the current stream of torch 
 device that q is on, and takes its workspace from their allocators; all tensors are on that device,
 lengths on the CPU. Nothing waits and nothing is allocated outside the framework's allocator, so
 calls can be captured in CUDA graphs, with these exceptions, which wait for the stream: ``audit``,
-an index that lies on the CPU, and frameworks without a current stream (JAX).
+``min_kept_mass``, an index that lies on the CPU, and frameworks without a current stream (JAX).
 
 Errors, all before anything is written: ValueError for what is invalid (it names the tensor or
 option, what was expected and what came), UnsupportedError for what is valid but not in this build
@@ -62,9 +62,8 @@ from flex_prefill._tensors import (
     make_empty,
     make_output,
 )
-from flex_prefill.audit import Audit
+from flex_prefill.audit import Audit, AuditRows
 from flex_prefill.block_index import BlockIndex
-from flex_prefill.compare import guarded_select
 from flex_prefill.patterns import FlexPrefill, Pattern, check_pattern
 
 __all__ = [
@@ -154,22 +153,39 @@ def run_prefill(
     *,
     return_lse: bool,
     audit: bool,
+    min_kept_mass: float | None,
+    compared_rows: int,
     out: Tensor | None = None,
     **options: Any,
-) -> tuple[Tensor, Tensor | None, npt.NDArray[np.float32] | None]:
-    """out, lse and the audit's rows [b, h_q, 8]; the last two None where not asked for."""
-    rows = np.empty(audit_shape(q, options["cu_seqlens_q"]), np.float32) if audit else None
+) -> tuple[Tensor, Tensor | None, AuditRows | None]:
+    """out, lse and the audit's arrays; the last two None where not asked for."""
+    b, h_q, fields = audit_shape(q, options["cu_seqlens_q"])
+    rows = np.empty((b, h_q, fields), np.float32) if audit else None
+    comparison = np.empty((b, h_q, 4), np.float32) if compared_rows > 0 else None
+    guard: tuple[float, float] = (0, 0)
 
     def stage(call: Call, core_out: _core.Tensor, core_lse: _core.Tensor | None) -> None:
+        nonlocal guard
         core_pattern = pattern.to_core()
-        call.run(
+        guard = call.run(
             lambda: _core.prefill_workspace_size(call.core, core_pattern),
             lambda scratch: _core.prefill(
-                call.core, core_pattern, core_out, core_lse, rows, scratch
+                call.core,
+                core_pattern,
+                core_out,
+                core_lse,
+                rows,
+                scratch,
+                min_kept_mass,
+                compared_rows,
+                comparison,
             ),
         )
 
-    return *_compute(q, k, v, out, return_lse, options, stage), rows
+    result, lse = _compute(q, k, v, out, return_lse, options, stage)
+    if rows is None:
+        return result, lse, None
+    return result, lse, AuditRows(rows, np.array(guard, np.float32), comparison)
 
 
 def run_attend(
@@ -220,6 +236,7 @@ def prefill(
     return_lse: bool = False,
     audit: bool = False,
     min_kept_mass: float | None = None,
+    compared_rows: int = 0,
     out: Tensor | None = None,
     backend: str = "auto",
     cpu_target: str = "auto",
@@ -232,7 +249,10 @@ def prefill(
     ``[h_q, t_q]``: the natural logarithm of the sum of ``exp(scale * q k)`` over the kept keys.
     ``min_kept_mass``: a floor, in [0, 1]: where a head keeps less of the probe's mass, the call
     is selected anew, with gamma raised half way to 1 up to three times (FlexPrefill, BlockCover),
-    then dense; the Audit's ``guard`` says so.
+    then dense; the Audit's ``guard`` says so. On a GPU the host must see the figures to judge them:
+    the call waits for the stream once for each selection.
+    ``compared_rows``: with ``audit``, that many rows of every head are compared with dense
+    attention, as in ``compare_with_dense``: the Audit's ``comparison``. Tensors in CPU memory.
     ``out``: where to write instead, a torch or NumPy tensor that shares no memory with the inputs.
     The other keywords, layouts and errors: see the module.
     """
@@ -250,23 +270,25 @@ def prefill(
         "cpu_target": cpu_target,
         "num_threads": num_threads,
     }
-    if min_kept_mass is not None:
-        index, figures = guarded_select(
-            lambda chosen: select(q, k, chosen, audit=True, **options), pattern, min_kept_mass
-        )
-        result = attend(q, k, v, index, return_lse=return_lse, out=out, **options)
-        asked = (*result,) if return_lse else (result,)
-        return (*asked, figures) if audit else result
+    if compared_rows and not audit:
+        raise ValueError("compared_rows: expected audit=True, whose comparison has the figures")
+    run: Callable[..., Any] = run_prefill
     if is_torch(q):
         from flex_prefill import _torch_op
 
-        result, lse, rows = _torch_op.prefill(
-            q, k, v, pattern, return_lse=return_lse, audit=audit, out=out, **options
-        )
-    else:
-        result, lse, rows = run_prefill(
-            q, k, v, pattern, return_lse=return_lse, audit=audit, out=out, **options
-        )
+        run = _torch_op.prefill
+    result, lse, rows = run(
+        q,
+        k,
+        v,
+        pattern,
+        return_lse=return_lse,
+        audit=audit,
+        min_kept_mass=min_kept_mass,
+        compared_rows=compared_rows,
+        out=out,
+        **options,
+    )
     return _result(result, lse, None if rows is None else Audit.from_rows(rows))
 
 
@@ -354,7 +376,7 @@ def select(
             lambda scratch: _core.select(call.core, core_pattern, rows, scratch),
         )
         index = BlockIndex._wrap(core_index)
-    return index if rows is None else (index, Audit.from_rows(rows))
+    return index if rows is None else (index, Audit.from_rows(AuditRows(rows)))
 
 
 def _select_on_device(

@@ -61,8 +61,38 @@ def test_errors():
         compare_with_dense(q, k, v, q.copy(), index, rows=0)
     with pytest.raises(TypeError, match="index: expected a BlockIndex"):
         compare_with_dense(q, k, v, q.copy(), None)
-    with pytest.raises(ValueError, match="min_kept_mass"):
-        flex_prefill.prefill(q, k, v, min_kept_mass=1.5)
+    for floor in (1.5, -0.1, float("nan")):
+        with pytest.raises(ValueError, match=r"min_kept_mass: expected a number in \[0, 1\]"):
+            flex_prefill.prefill(q, k, v, min_kept_mass=floor)
+    with pytest.raises(ValueError, match="compared_rows: expected audit=True"):
+        flex_prefill.prefill(q, k, v, compared_rows=8)
+    with pytest.raises(ValueError, match="compared_rows: expected at least 0, got -3"):
+        flex_prefill.prefill(q, k, v, audit=True, compared_rows=-3)
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+def test_an_audit_compares(framework):
+    tensors = inputs()
+    if framework == "torch":
+        torch = pytest.importorskip("torch")
+        tensors = tuple(torch.from_numpy(x) for x in tensors)
+    pattern = VerticalSlash(128, 64)
+    out, audit = flex_prefill.prefill(
+        *tensors, pattern, block_size=64, audit=True, compared_rows=30
+    )
+    index = flex_prefill.select(*tensors[:2], pattern, block_size=64)
+    wanted = compare_with_dense(*tensors, out, index, rows=30, block_size=64)
+    for name in ("kept_mass", "least_kept_mass", "error", "rows"):
+        np.testing.assert_array_equal(getattr(audit.comparison, name), getattr(wanted, name))
+    assert (audit.comparison.error > 0.01).any()
+    # Of what the floor made of the call.
+    _, audit = flex_prefill.prefill(
+        *tensors, pattern, block_size=64, audit=True, compared_rows=30, min_kept_mass=1
+    )
+    assert audit.guard == "dense"
+    assert (audit.comparison.error < 1e-5).all()
+    _, audit = flex_prefill.prefill(*tensors, pattern, block_size=64, audit=True)
+    assert audit.comparison is None
 
 
 class TestFloor:

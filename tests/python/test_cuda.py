@@ -262,7 +262,7 @@ def test_opcheck():
         torch.library.opcheck(
             torch.ops.flex_prefill.prefill.default,
             (q, k, v, pattern.name, pattern.values(), None, None, None, None, None, False, 128,
-             "auto", "auto", 0, True, audit),
+             "auto", "auto", 0, True, audit, 0.5 if audit else None, 0),
         )  # fmt: skip
 
 

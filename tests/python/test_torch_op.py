@@ -37,6 +37,8 @@ def op_arguments(q, k, v, pattern=PATTERN, **changes):
         "num_threads": 0,
         "return_lse": False,
         "audit": False,
+        "min_kept_mass": None,
+        "compared_rows": 0,
     }
     return (q, k, v, pattern.name, pattern.values(), *(arguments | changes).values())
 
@@ -52,6 +54,7 @@ def test_opcheck():
         op_arguments(q, k, v, fp.Dense(), return_lse=True, audit=True),
         op_arguments(q[0], k[0], v[0], fp.StreamingLlm(32, 64), return_lse=True, **packed),
         op_arguments(*(x.bfloat16() for x in (q, k, v)), audit=True, gqa_interleave=True),
+        op_arguments(q, k, v, audit=True, min_kept_mass=0.99, compared_rows=5),
     ):
         torch.library.opcheck(op, arguments)
 
@@ -66,6 +69,17 @@ def test_values_survive_the_op(pattern):
     assert not torch.equal(
         fp.prefill(*tensors, no_limit, **OPTIONS), fp.prefill(*tensors, limit, **OPTIONS)
     )
+
+
+def test_compile_with_a_floor():
+    pattern = fp.VerticalSlash(64, 64)
+
+    def layer(q, k, v):
+        return fp.prefill(q * 2, k, v, pattern, block_size=32, min_kept_mass=1)
+
+    q, k, v = inputs()
+    dense = fp.prefill(q * 2, k, v, fp.Dense(), block_size=32)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(q, k, v), dense)
 
 
 def test_compile_without_a_graph_break():

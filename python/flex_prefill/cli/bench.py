@@ -43,6 +43,7 @@ from flex_prefill.cli.common import (
     require,
     run_description,
     write_json,
+    write_picture,
 )
 from flex_prefill.cli.inputs import INPUTS
 
@@ -427,6 +428,4 @@ def plot(report: dict[str, Any], path: Path) -> None:
     share.set_title("select, share of dense mode's time", loc="left", fontsize=11)
     share.yaxis.set_major_formatter(PercentFormatter(1))
     speed.legend(frameon=False, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    write_picture(path, figure, dpi=120)

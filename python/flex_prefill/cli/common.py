@@ -6,6 +6,7 @@ import argparse
 import difflib
 import importlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -342,3 +343,15 @@ def write_json(path: Path | None, report: dict[str, Any]) -> None:
     from flex_prefill.eval.data import write_atomically
 
     write_atomically(path, text)
+
+
+def write_picture(path: Path, figure: Any, dpi: int) -> None:
+    """Writes a figure of matplotlib, in the format of the path's suffix, and closes it."""
+    from matplotlib import pyplot as plt
+
+    from flex_prefill.eval.data import write_atomically
+
+    data = io.BytesIO()
+    figure.savefig(data, dpi=dpi, format=path.suffix[1:] or "png")
+    plt.close(figure)
+    write_atomically(path, data.getvalue())

@@ -35,6 +35,7 @@ from flex_prefill.cli.common import (
     positive,
     require,
     write_json,
+    write_picture,
 )
 from flex_prefill.cli.layers import compare_layers, draw_layers
 from flex_prefill.cli.prompts import (
@@ -377,9 +378,7 @@ def draw(
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    write_picture(path, figure, dpi=110)
 
 
 def _ticks(tokens: int) -> tuple[list[int], list[str]]:

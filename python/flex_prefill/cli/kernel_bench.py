@@ -25,6 +25,7 @@ from flex_prefill.cli.common import (
     format_table,
     run_description,
     write_json,
+    write_picture,
 )
 from flex_prefill.cli.inputs import INPUTS
 
@@ -250,9 +251,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=9, title="dotted: 1 / density", title_fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    write_picture(path, figure, dpi=110)
 
 
 def check(args: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 import flex_prefill
-from flex_prefill.cli.common import CommandError, require
+from flex_prefill.cli.common import CommandError, require, write_picture
 from flex_prefill.minference import LayerPatterns
 from flex_prefill.patterns import Pattern
 
@@ -91,6 +91,4 @@ def draw_layers(path: Path, title: str, figures: npt.NDArray[np.float64]) -> Non
         axis.tick_params(labelsize=8)
         figure.colorbar(image, ax=axis)
     axes[0].set_ylabel("layer", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    write_picture(path, figure, dpi=110)

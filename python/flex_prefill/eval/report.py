@@ -179,6 +179,6 @@ def plot(rows: Rows, folder: Path) -> list[Path]:
         paths.append(folder / f"{kind}.png")
         picture = io.BytesIO()
         figure.savefig(picture, dpi=110)
-        write_atomically(paths[-1], picture.getvalue())
         plt.close(figure)
+        write_atomically(paths[-1], picture.getvalue())
     return paths
