@@ -87,7 +87,7 @@ struct MInference {
 // largest mass that one of them has there, and the best blocks that hold `column_share` of all such
 // masses are kept for the query blocks from the first of these rows on.
 struct BlockCover {
-  float gamma = 0.9f;         // in (0, 1]; 1: dense
+  float gamma = 0.9f;         // in (0, 1]; 1: dense, whatever max_budget says
   float column_share = 0.8f;  // in [0, 1]; 0: no columns, 1: all blocks
   // Tokens that a query block keeps at most, in whole blocks, at least three: then gamma may be
   // missed, which HeadAudit says. None: no limit.

@@ -160,7 +160,8 @@ class BlockCover:
     """A cover of blocks for each query block, from a map of the head that means of 32 queries and
     of 32 keys make, and columns that the last queries ask for; docs/block_cover.md.
 
-    gamma: share of its map that each query block keeps, in (0, 1]; 1 is dense.
+    gamma: share of its map that each query block keeps, in (0, 1]; 1 is dense, whatever
+        max_budget says.
     column_share: share of what 128 of the last 512 queries ask for that is kept for the last query
         blocks, in [0, 1]; 0 keeps no such columns.
     max_budget: most tokens that a query block keeps, in whole blocks and at least three; gamma may

@@ -195,8 +195,26 @@ def check_prefill() -> None:
     close(paged, expected[0])
 
 
+def check_floor() -> None:
+    _, audit = fp.prefill(*GPU, PATTERN, audit=True, min_kept_mass=0.1, **B)
+    assert audit.guard is None
+    low = fp.BlockCover(0.2, 0)
+    least = fp.select(*GPU[:2], low, audit=True, **B)[1].kept_mass.min()
+    raised, audit = fp.prefill(*GPU, low, audit=True, min_kept_mass=least + 1e-3, **B)
+    assert audit.guard.startswith("gamma 0.")
+    gamma = float(audit.guard.split()[1])
+    expected = fp.prefill(*GPU, fp.BlockCover(gamma, 0), **B, backend="sm90")
+    torch.testing.assert_close(here(raised), here(expected), rtol=0, atol=0)
+    out, audit = fp.prefill(*GPU, fp.StreamingLlm(0, 32), audit=True, min_kept_mass=1, **B)
+    assert audit.guard == "dense"
+    close(out, fp.attend(*CPU, **B))
+    with pytest.raises(fp.UnsupportedError, match="compared_rows: the comparison with dense"):
+        fp.prefill(*GPU, PATTERN, audit=True, compared_rows=8, **B)
+
+
 check_attend()
 check_select()
 check_block_cover()
 check_prefill()
+check_floor()
 print("passed")

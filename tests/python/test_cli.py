@@ -389,6 +389,54 @@ def test_failures_exit_with_1(
     assert "cannot be loaded" in failure(["demo", "--model", str(tmp_path)], capsys)
 
 
+def test_files_that_cannot_be_written_fail_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a_file").write_text("")
+    for command, words in (
+        (f"bench --plot {tmp_path}/bench.xyz", "expected a name that ends in .png, .svg, .pdf"),
+        (f"bench --json {tmp_path}", "expected a file to write, got the folder"),
+        (f"inspect --out {tmp_path}/heads", "expected a name that ends in .png"),
+        (f"inspect --all-layers {tmp_path}/a_file/x.png", "a_file is no such folder"),
+        (f"calibrate --out {tmp_path}", "expected a file to write"),
+    ):
+        with pytest.raises(SystemExit):
+            main(command.split())
+        assert words in capsys.readouterr().err
+
+
+def test_an_unknown_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, words in (
+        ("eval --suite ruler --tasks niah_single_1", "no option --tasks (did you mean --task?)"),
+        ("eval --pattern xattention --cfg stride=8", "no option --cfg"),
+        ("bench --tokns=4096", "no option --tokns (did you mean --tokens?)"),
+    ):
+        with pytest.raises(SystemExit):
+            main(command.split())
+        assert words in capsys.readouterr().err
+    assert main(["info", "--js", "-"]) == 0  # an abbreviation
+
+
+def test_a_picture_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    path = tmp_path / "new" / "picture.svg"
+    common.write_picture(path, pyplot.figure(), dpi=50)
+    before = path.read_bytes()
+    assert b"<svg" in before
+    assert pyplot.get_fignums() == []
+
+    def fail(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="full"):
+        common.write_picture(path, pyplot.figure(figsize=(2, 1)), dpi=50)
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == ["picture.svg"]
+
+
 @pytest.mark.parametrize(
     ("command", "package", "extra"),
     [

@@ -116,6 +116,26 @@ def test_the_automatic_choice_is_dense_where_that_is_faster():
     assert audit.mean_density < 1
 
 
+def test_a_floor_of_the_kept_mass():
+    tensors = inputs(s=2048)
+    low = fp.FlexPrefill(gamma=0.5, min_budget=128)
+    plain, before = fp.prefill(*tensors, low, audit=True)
+    least = before.kept_mass.min()
+    out, audit = fp.prefill(*tensors, low, audit=True, min_kept_mass=least / 2)
+    assert audit.guard is None
+    torch.testing.assert_close(out, plain, rtol=0, atol=0)
+    raised, audit = fp.prefill(*tensors, low, audit=True, min_kept_mass=least + 0.001)
+    assert audit.guard.startswith("gamma 0.")
+    gamma = float(audit.guard.split()[1])
+    expected = fp.prefill(*tensors, fp.FlexPrefill(gamma, min_budget=128), **named())
+    torch.testing.assert_close(raised, expected, rtol=0, atol=0)
+    out, audit = fp.prefill(*tensors, fp.VerticalSlash(128, 128), audit=True, min_kept_mass=1)
+    assert audit.guard == "dense"
+    torch.testing.assert_close(out, fp.attend(*tensors), rtol=0, atol=0)
+    with pytest.raises(fp.UnsupportedError, match="compared_rows: the comparison with dense"):
+        fp.prefill(*tensors, low, audit=True, compared_rows=8)
+
+
 def test_packed_paged_and_chunked():
     q, k, v = inputs(s=1024)
     pattern = fp.FlexPrefill(min_budget=128)
@@ -230,6 +250,7 @@ def test_what_waits_is_refused_in_a_capture():
     index = fp.select(*tensors[:2]).cpu()
     for call in (
         lambda: fp.prefill(*tensors, audit=True),
+        lambda: fp.prefill(*tensors, min_kept_mass=0.5),
         lambda: fp.attend(*tensors, index),
     ):
         graph = torch.cuda.CUDAGraph()

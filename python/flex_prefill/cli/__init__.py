@@ -8,9 +8,11 @@ Exit code 0: done; 1: failed, with one line that says what and how to mend it; 2
 from __future__ import annotations
 
 import argparse
+import difflib
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import flex_prefill
 import flex_prefill.cli.bench as bench
@@ -35,6 +37,20 @@ _COMMANDS = {
 }
 
 
+class _CommandParser(argparse.ArgumentParser):
+    """Names an unknown option, whose value argparse would take for a positional."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known = self._option_string_actions
+        for text in args or ():
+            name = text.split("=")[0]
+            if name.startswith("--") and not any(option.startswith(name) for option in known):
+                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+                hint = f" (did you mean {nearest[0]}?)" if nearest else ""
+                self.error(f"no option {name}{hint}")
+        return super().parse_known_args(args, namespace)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each command's module adds its own arguments."""
     parser = argparse.ArgumentParser(
@@ -43,7 +59,9 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="flexprefill COMMAND --help shows what a command takes, with an example.",
     )
     parser.add_argument("--version", action="version", version=flex_prefill.__version__)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, parser_class=_CommandParser
+    )
     for name, module in _COMMANDS.items():
         command = commands.add_parser(
             name,

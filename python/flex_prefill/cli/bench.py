@@ -37,6 +37,8 @@ from flex_prefill.cli.common import (
     format_table,
     gemm_rate,
     load_torch,
+    new_file,
+    new_picture,
     pattern_config,
     pattern_from,
     positive,
@@ -89,8 +91,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peers", default="torch,gemm", help="of torch, gemm; none (default torch,gemm)"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="- is standard output")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="- is standard output")
+    parser.add_argument("--plot", type=new_picture, metavar="FILE.png")
     group = parser.add_argument_group("kernel")
     group.add_argument(
         "--kernel", action="store_true", help="attend alone, on random blocks, against dense mode"

@@ -30,6 +30,7 @@ from flex_prefill.cli.common import (
     format_table,
     load_model,
     load_torch,
+    new_file,
     positive,
     require,
 )
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", type=Path, metavar="FOLDER", help="Hugging Face folder (default: the built-in)"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
+    parser.add_argument("--out", type=new_file, required=True, metavar="FILE.json")
     parser.add_argument(
         "--budget", type=positive, help="keys of each query (default: a quarter of --tokens)"
     )

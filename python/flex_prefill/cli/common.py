@@ -34,6 +34,7 @@ PATTERNS = (
     "flash",
 )
 DTYPES = ("float32", "float16", "bfloat16")
+PICTURES = (".png", ".svg", ".pdf")
 _BUILTIN_MODEL = Path("models", "needle-7m")
 
 
@@ -61,6 +62,28 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
     return value
+
+
+def new_file(text: str) -> Path:
+    """An argument that names a file to write: what would fail after the work fails before it."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file to write, got the folder {text}")
+    folder = path.absolute().parent
+    while not folder.exists():  # made when the file is written
+        folder = folder.parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: {folder} is no such folder")
+    return path
+
+
+def new_picture(text: str) -> Path:
+    """The same for a picture of matplotlib."""
+    if Path(text).suffix not in PICTURES:
+        raise argparse.ArgumentTypeError(
+            f"expected a name that ends in {', '.join(PICTURES)}, got {text}"
+        )
+    return new_file(text)
 
 
 def _pattern_name(text: str) -> str:
@@ -352,6 +375,6 @@ def write_picture(path: Path, figure: Any, dpi: int) -> None:
     from flex_prefill.eval.data import write_atomically
 
     data = io.BytesIO()
-    figure.savefig(data, dpi=dpi, format=path.suffix[1:] or "png")
+    figure.savefig(data, dpi=dpi, format=path.suffix[1:])
     plt.close(figure)
     write_atomically(path, data.getvalue())

@@ -27,6 +27,7 @@ from flex_prefill.cli.common import (
     format_table,
     load_model,
     load_torch,
+    new_file,
     pattern_config,
     positive,
     require,
@@ -65,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, default=0, help="default: all there are")
     parser.add_argument("--repeat", type=positive, default=1, help="runs of each; medians count")
     parser.add_argument("--max-new-tokens", type=positive, default=32)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="- is standard output")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="- is standard output")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-from pathlib import Path
 from typing import Any
 
 import flex_prefill
@@ -12,6 +11,7 @@ from flex_prefill.cli.common import (
     CommandError,
     cpu_description,
     find_model,
+    new_file,
     package_versions,
     write_json,
 )
@@ -32,7 +32,9 @@ _EXTRAS = ("torch", "transformers", "plot")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=Path, metavar="FILE", help="as JSON; - is standard output")
+    parser.add_argument(
+        "--json", type=new_file, metavar="FILE", help="as JSON; - is standard output"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

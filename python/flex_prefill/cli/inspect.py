@@ -30,6 +30,8 @@ from flex_prefill.cli.common import (
     format_table,
     load_model,
     load_torch,
+    new_file,
+    new_picture,
     pattern_config,
     pattern_from,
     positive,
@@ -71,15 +73,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
     parser.add_argument("--threads", type=positive, default=0, help="default: all there are")
-    parser.add_argument("--out", type=Path, default=Path("heads.png"), metavar="FILE.png")
+    parser.add_argument("--out", type=new_picture, default=Path("heads.png"), metavar="FILE.png")
     parser.add_argument(
         "--all-layers",
-        type=Path,
+        type=new_picture,
         metavar="FILE.png",
         help="also compares every layer with dense attention and draws kept mass, error and "
         "density by layer and head",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="the table; - is standard output")
+    parser.add_argument(
+        "--json", type=new_file, metavar="FILE", help="the table; - is standard output"
+    )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 from flex_prefill import retrieval
@@ -17,6 +16,7 @@ from flex_prefill.cli.common import (
     CommandError,
     find_model,
     format_table,
+    new_file,
     positive,
     require,
     run_description,
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max_new_tokens", "--max-new-tokens", type=positive, default=64, metavar="N"
     )
     parser.add_argument("--seed", type=int, default=0, help="another seed, another document")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="- is standard output")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="- is standard output")
 
 
 def run(args: argparse.Namespace) -> None:
