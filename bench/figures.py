@@ -1,11 +1,14 @@
-"""Puts the figures of bench/results into README.md and docs/notes.md, between their marks.
+"""Puts the figures of bench/results into README.md and docs, between their marks.
 
-results/gpu.json, once there is one, needs the marks of `gpu` in README.md, and is drawn as well.
+results/gpu.json, once there is one, needs the marks of `gpu` in README.md, and is drawn as well. So
+is results/eval_needle.json: the results.json of `flexprefill eval` with the built-in model.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,9 +186,71 @@ def gpu() -> str:
     )
 
 
+def select_times() -> str:
+    """What each pattern's selection takes on a GPU, and how much of the input it kept."""
+    report = load("gpu")
+    times: dict[str, dict[int, str]] = {}
+    for row in report["rows"]:
+        if row["section"] == "patterns" and row["what"].startswith("select "):
+            name = row["what"].removeprefix("select ")
+            times.setdefault(name, {})[row["tokens"]] = f"{row['ms']:.3f} ({row['density']:.2f})"
+    lengths = sorted({tokens for of_pattern in times.values() for tokens in of_pattern})
+    lines = [
+        "| `select`, ms (density) | " + " | ".join(f"{n // 1024}k" for n in lengths) + " |",
+        "| --- |" + " --- |" * len(lengths),
+        *(
+            f"| {name} | " + " | ".join(found.get(n, "") for n in lengths) + " |"
+            for name, found in times.items()
+        ),
+    ]
+    settings = report["settings"]
+    return "\n".join(lines) + (
+        f"\n\n{report['card']['card']}, {settings['heads']} query and {settings['kv_heads']} K/V "
+        f"heads of {settings['head_dim']}, {settings['dtype']}, structured input; "
+        f"{report['date'][:10]}, commit {report['commit']}, `{report['command']}`."
+    )
+
+
+def eval_needle() -> str:
+    """The built-in model under every pattern: right answers and density by length, and pictures."""
+    from flex_prefill.eval.report import means, name_of, plot, short
+
+    if not (RESULTS / "eval_needle.json").is_file():
+        return "Not measured yet."
+    report = load("eval_needle")
+    rows = report["results"]
+    with tempfile.TemporaryDirectory() as folder:
+        for picture in plot(rows, Path(folder)):
+            shutil.move(picture, ROOT / "docs" / "images" / f"eval_{picture.name}")
+    found = means(rows)
+    lengths = sorted({row["length"] for row in found})
+    cells = {
+        (row["label"], row["length"]): f"{100 * row['score']:.1f} ({row['density']:.2f})"
+        for row in found
+    }
+    lines = [
+        "| right answers, % (density) | " + " | ".join(map(short, lengths)) + " |",
+        "| --- |" + " --- |" * len(lengths),
+        *(
+            f"| {name_of(label)} | " + " | ".join(cells.get((label, n), "") for n in lengths) + " |"
+            for label in dict.fromkeys(row["label"] for row in found)
+        ),
+    ]
+    samples = sorted({row["samples"] for row in found})
+    return "\n".join(lines) + (
+        f"\n\n{' or '.join(map(str, samples))} prompts of each length, of three kinds. "
+        f"{report['machine']['device']}, {report['date'][:10]}, commit {report['commit']}, "
+        f"`{report['command']}`.\n\n"
+        "![Right answers against length, a line for each pattern](images/eval_accuracy.png)\n\n"
+        "![Right answers against density](images/eval_pareto.png)"
+    )
+
+
 BLOCKS: dict[str, tuple[Callable[[], str], ...]] = {
     "README.md": (attention, demo),
     "docs/notes.md": (aims,),
+    "docs/block_cover.md": (select_times,),
+    "docs/eval.md": (eval_needle,),
 }
 
 
