@@ -64,12 +64,19 @@ static __global__ void keep_row_kernel(RowRule rule, const float* scores, int64_
   }
 }
 
-static __global__ void keep_cover_kernel(const float* scores, int64_t i, int64_t n,
+static __global__ void keep_cover_kernel(const __half* scores, int32_t i, int32_t n,
                                          BlockCoverRule rule, const uint64_t* columns,
                                          const float* most_asked, uint64_t* row, RowMass* mass) {
-  const RowMass kept =
-      keep_cover_warp([&](int64_t j) { return scores[j]; }, i, n, rule, columns, most_asked, row);
-  if (threadIdx.x == 0) *mass = kept;
+  auto& shared = *reinterpret_cast<CoverSharedWarp*>(shared_memory());
+  for (int k = 0; k < 8; ++k) {
+    for (int e = 0; e < 4; ++e) shared.bins[k][threadIdx.x][e] = 0;
+  }
+  __syncwarp();
+  // Twice: the shared memory is as it was.
+  for (int turn = 0; turn < 2; ++turn) {
+    const RowMass kept = keep_cover_warp(scores, i, n, rule, columns, most_asked, shared, row);
+    if (threadIdx.x == 0) *mass = kept;
+  }
 }
 
 static __global__ void __launch_bounds__(kChooseThreads, 1)  // without the 1 it spills
@@ -221,9 +228,16 @@ std::vector<uint64_t> keep_row_on_device(const RowInput& input, RowMass* mass) {
   if (input.rule == RowRule::kCover) {
     auto* kept = arrays.take<RowMass>(1);
     const uint64_t* columns = input.columns.empty() ? nullptr : arrays.put(input.columns);
-    launch(keep_cover_kernel, dim3(1), dim3(32), 0, nullptr, scores,
-           static_cast<int64_t>(input.scores.size()) - 1, input.n, input.cover, columns,
-           static_cast<const float*>(arrays.put(input.most_asked)), row, kept);
+    std::vector<uint16_t> halves((input.scores.size() + 7) / 8 * 8, 0xffff);
+    for (size_t j = 0; j < input.scores.size(); ++j) {
+      const __half entry = __float2half_rn(input.scores[j] * kMapUnits);
+      halves[j] = std::bit_cast<__half_raw>(entry).x;
+    }
+    launch(keep_cover_kernel, dim3(1), dim3(32), sizeof(CoverSharedWarp), nullptr,
+           reinterpret_cast<const __half*>(arrays.put(halves)),
+           static_cast<int32_t>(input.scores.size()) - 1, static_cast<int32_t>(input.n),
+           input.cover, columns, static_cast<const float*>(arrays.put(input.most_asked)), row,
+           kept);
     cuda_check(cudaDeviceSynchronize(), "a row");
     if (mass != nullptr) *mass = DeviceArrays::get(kept, 1)[0];
     return DeviceArrays::get(row, words);

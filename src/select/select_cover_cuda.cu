@@ -216,6 +216,7 @@ CoverMemory lay_out_cover(const Problem& problem, const BlockCover& pattern, int
     memory.pitch = std::max(memory.pitch, static_cast<int32_t>(problem.grids[s].n_kv));
     memory.max_chunks = std::max(memory.max_chunks, static_cast<int32_t>(problem.lengths[s].s_kv));
   }
+  memory.pitch = (memory.pitch + 7) / 8 * 8;
   memory.chunk_tiles = chunk_tiles(problem, pattern);
   memory.max_chunks =
       static_cast<int32_t>(ceil_div(memory.max_chunks, memory.chunk_tiles * CoverTile::kColumns));

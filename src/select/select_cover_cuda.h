@@ -26,7 +26,7 @@ struct CoverMemory {
   int32_t* rows_below = nullptr;    // [heads]
   std::byte* scratch = nullptr;     // [ctas, scratch_bytes], in the place of masses
   int64_t scratch_bytes = 0, ctas = 0;
-  int32_t pitch = 0;        // the most key blocks
+  int32_t pitch = 0;        // of a row of the map: the most key blocks, a multiple of 8
   int32_t chunk_tiles = 0;  // of 128 keys, of a thread block
   int32_t max_chunks = 0;
 };

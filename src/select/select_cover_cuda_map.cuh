@@ -18,10 +18,6 @@
 
 namespace flexprefill {
 
-// Entries of the map in the scratch, which are at most 1, are multiplied by this: so even the 2^-40
-// that decisions count in is not far from what a half holds.
-constexpr float kMapUnits = 32768;
-
 struct MapShared {
   // Pass 1: max and sum of each thread's part of its rows (registers are short), then of the rows
   // in both halves of their columns.
@@ -229,10 +225,10 @@ __device__ inline void write_map_tile(const MeansMapTask& task, const TileThread
   }
 }
 
-// After the passes: a warp a row. `room`: shared memory that is free.
+// After the passes: a warp a row. `shared`: of each warp, free.
 __device__ inline void decide_map(const SelectProblem& select, const CoverParams& p,
                                   const BlockTask& task, const MeansMapTask& means,
-                                  std::byte* room) {
+                                  CoverSharedWarp* shared) {
   const auto thread = static_cast<int32_t>(threadIdx.x);
   constexpr int32_t kWarps = CoverTile::kThreads / 32;
   const CoverHead head(select, task.view);
@@ -240,28 +236,25 @@ __device__ inline void decide_map(const SelectProblem& select, const CoverParams
   const auto asks_from =
       static_cast<int32_t>((means.position + asking.row(0)) / select.problem.block_size);
   const float* most_asked = p.memory.most_asked + head.first_block;
-  const bool fits = means.pitch * kWarps * static_cast<int32_t>(sizeof(float)) <= p.ring_bytes;
-  float* row = reinterpret_cast<float*>(room) + thread / 32 * means.pitch;
+  CoverSharedWarp& own = shared[thread / 32];
+  for (int32_t e = thread % 32; e < 8 * 32; e += 32) {
+    *reinterpret_cast<uint4*>(own.bins[e / 32][e % 32]) = {0, 0, 0, 0};
+  }
+  __syncwarp();
+  float least = 1;
+  int32_t below = 0;
+#pragma unroll 1
   for (int32_t b = thread / 32; b < task.blocks; b += kWarps) {
     const int32_t i = task.first_block + b;
-    const __half* from = means.map + int64_t{b} * means.pitch;
-    const auto entry = [&](int64_t j) { return __half2float(from[j]) * (1 / kMapUnits); };
     const uint64_t* columns = i >= asks_from ? p.memory.columns + head.first_word : nullptr;
-    RowMass mass;
-    if (fits) {
-      __syncwarp();
-      for (int32_t j = thread % 32; j <= i; j += 32) row[j] = entry(j);
-      __syncwarp();
-      mass = keep_cover_warp([&](int64_t j) { return row[j]; }, i, means.n_kv, p.rule, columns,
-                             most_asked, task.row(select, i));
-    } else {
-      mass =
-          keep_cover_warp(entry, i, means.n_kv, p.rule, columns, most_asked, task.row(select, i));
-    }
-    if (thread % 32 != 0) continue;
-    atomicMin(p.memory.least_share + task.view.number, std::bit_cast<uint32_t>(mass.share()));
-    if (mass.kept < mass.wanted) atomicAdd(p.memory.rows_below + task.view.number, 1);
+    const RowMass mass = keep_cover_warp(means.map + int64_t{b} * means.pitch, i, means.n_kv,
+                                         p.rule, columns, most_asked, own, task.row(select, i));
+    least = fminf(least, mass.share());
+    below += mass.kept < mass.wanted ? 1 : 0;
   }
+  if (thread % 32 != 0) return;
+  atomicMin(p.memory.least_share + task.view.number, std::bit_cast<uint32_t>(least));
+  if (below > 0) atomicAdd(p.memory.rows_below + task.view.number, below);
 }
 
 template <typename Element>
@@ -341,7 +334,7 @@ __global__ void __launch_bounds__(CoverTile::kThreads, 2)
       select.not_finite[task.view.number] = 1;
     }
     __syncthreads();
-    if (good) decide_map(select, p, task, means, ring);
+    if (good) decide_map(select, p, task, means, reinterpret_cast<CoverSharedWarp*>(ring));
     __syncthreads();
   }
 }

@@ -1,12 +1,68 @@
-// BlockCover's decisions of block_rules.h by one warp a row: bit-equal given equal scores.
-//
-// score(j): the row of the map, key blocks 0 .. i. The whole warp calls these functions together.
+// BlockCover's decisions of block_rules.h by one warp a row: bit-equal given equal scores. The
+// whole warp calls these functions together.
 #ifndef FLEXPREFILL_SRC_SELECT_SELECT_COVER_CUDA_ROWS_CUH_
 #define FLEXPREFILL_SRC_SELECT_SELECT_COVER_CUDA_ROWS_CUH_
+
+#include <cuda_fp16.h>
 
 #include "select/select_blocks_cuda_rows.cuh"
 
 namespace flexprefill {
+
+// A row of the map in memory: halves on 16 bytes, entries, which are at most 1, times this. So even
+// the 2^-40 that decisions count in is not far from what a half holds, and every entry is a whole
+// number of them. `bits`: of a half >= 0; they order like the entries.
+constexpr float kMapUnits = 32768;
+__device__ inline float map_entry(const __half* row, int64_t j) {
+  return __half2float(row[j]) * (1 / kMapUnits);
+}
+
+// fixed_mass of an entry is map_digits(bits) << map_places(bits / 2^10).
+__device__ inline uint32_t map_digits(uint32_t bits) {
+  return (bits & 0x3ffu) | (bits >= 0x400u ? 0x400u : 0u);
+}
+__device__ inline uint32_t map_places(uint32_t exponent) { return exponent > 1 ? exponent : 1; }
+__device__ inline uint64_t map_mass(uint32_t bits) {
+  return static_cast<uint64_t>(map_digits(bits)) << map_places(bits >> 10);
+}
+
+// Eight entries of a row.
+struct MapUnit {
+  uint4 halves;
+  __device__ uint32_t bits(int e) const {
+    const uint32_t pair = e < 2 ? halves.x : e < 4 ? halves.y : e < 6 ? halves.z : halves.w;
+    return e % 2 == 0 ? pair & 0xffffu : pair >> 16;
+  }
+};
+
+// f(first, unit) for the entries of a row, eight to a lane: unit holds entries first .. first + 7,
+// of which those above i may be anything.
+template <typename F>
+__device__ inline void for_map_units(const __half* row, int32_t i, const F& f) {
+  const auto lane = static_cast<int32_t>(threadIdx.x % 32);
+#pragma unroll 2
+  for (int32_t first = 8 * lane; first <= i; first += 256) {
+    f(first, MapUnit{*reinterpret_cast<const uint4*>(row + first)});
+  }
+}
+
+// Bits begin .. end - 1 of those that stand for blocks first .. first + 7.
+__device__ inline uint32_t unit_mask(int32_t first, int32_t begin, int32_t end) {
+  const int32_t low = begin - first > 0 ? begin - first : 0;
+  const int32_t high = end - first < 8 ? end - first : 8;
+  return high > low && low < 8 ? (0xffu >> (8 - high)) & (0xffu << low) : 0u;
+}
+
+// A warp's shared memory: a histogram, four times over so that equal entries meet less often.
+struct alignas(16) CoverSharedWarp {
+  uint32_t bins[8][32][4];  // [low bits of the bin][lane that adds them up]
+};
+
+// Which entries cover what is wanted: those above `bits`, and the first `ties` that equal it.
+struct MapTaken {
+  uint32_t bits = 0xffff;
+  uint32_t ties = 0;
+};
 
 __device__ inline bool always_keeps(int64_t i, int64_t j) { return j == 0 || j == i || j == i - 1; }
 
@@ -61,36 +117,176 @@ __device__ inline void limit_row_warp(const Score& score, int64_t i, int64_t n, 
   });
 }
 
-// keep_cover. columns: nullptr where the row takes none.
-template <typename Score>
-__device__ inline RowMass keep_cover_warp(const Score& score, int64_t i, int64_t n,
-                                          const BlockCoverRule& rule, const uint64_t* columns,
-                                          const float* most_asked, uint64_t* row) {
-  const auto lane = static_cast<int64_t>(threadIdx.x % 32);
-  RowMass mass;
-  for (int64_t j = lane; j <= i; j += 32) mass.total += fixed_mass_of(score(j));
-  mass.total = sum_warp_u64(mass.total);
-  mass.wanted = mass_to_reach(rule.gamma, mass.total);
-  uint64_t have = fixed_mass_of(score(0));
-  if (i > 0) have += fixed_mass_of(score(i));
-  if (i > 1) have += fixed_mass_of(score(i - 1));
-  const bool more = i > 2 && have < mass.wanted;
-  TakenWarp taken{};
-  if (more) {
-    taken.taken = take_largest_warp([&](int64_t e) { return score(e + 1); }, i - 2, Weight::kMass,
-                                    mass.wanted - have - 1);
-    ++taken.taken.ties;
+// The sums of the values of this lane and those after it.
+template <typename T>
+__device__ inline T sum_from_lane(T value) {
+  const auto lane = static_cast<int32_t>(threadIdx.x % 32);
+#pragma unroll
+  for (int lanes = 1; lanes < 32; lanes *= 2) {
+    const T more = __shfl_down_sync(kWholeWarp, value, lanes);
+    value += lane + lanes < 32 ? more : T{0};
   }
-  const int32_t count = write_cover_row(i, n, row, [&](int64_t j, bool there) {
-    const bool eligible = there && !always_keeps(i, j);
-    const bool takes = more && taken.takes(eligible ? score(j) : -1.0f, eligible);
-    return takes || (there && (always_keeps(i, j) || (columns != nullptr && has_bit(columns, j))));
+  return value;
+}
+
+// Adds up the kBins bins of each lane, to sums, and clears them.
+template <int kBins>
+__device__ inline void collect_bins(CoverSharedWarp& shared, uint32_t (&sums)[kBins]) {
+  __syncwarp();
+#pragma unroll
+  for (int k = 0; k < kBins; ++k) {
+    auto& bins = *reinterpret_cast<uint4*>(shared.bins[k][threadIdx.x % 32]);
+    const uint4 x = bins;
+    sums[k] = x.x + x.y + x.z + x.w;
+    bins = {0, 0, 0, 0};
+  }
+  __syncwarp();
+}
+
+// The bin in which the running sum from the top exceeds `left`, of kBins in each of 32 lanes, as
+// lane * kBins + k; from then on left counts what is left in it. above: the sum of the lanes after
+// this one; sums: bins of a lane weigh sums[k] << places(lane).
+template <int kBins, typename Places>
+__device__ inline uint32_t find_bin(const uint32_t (&sums)[kBins], uint64_t above, uint64_t& left,
+                                    const Places& places) {
+  const auto lane = static_cast<uint32_t>(threadIdx.x % 32);
+  uint64_t own = 0;
+#pragma unroll
+  for (int k = 0; k < kBins; ++k) own += sums[k];
+  own <<= places(lane);
+  const bool crosses = above <= left && own > left - above;
+  const int source = __ffs(static_cast<int>(__ballot_sync(kWholeWarp, crosses ? 1 : 0))) - 1;
+  const uint32_t shift = places(static_cast<uint32_t>(source));
+  uint64_t rest = (left - __shfl_sync(kWholeWarp, above, source)) >> shift;
+  uint32_t bin = 0;
+  bool found = false;
+#pragma unroll
+  for (int k = kBins - 1; k >= 0; --k) {
+    const uint32_t sum = __shfl_sync(kWholeWarp, sums[k], source);
+    found = found || sum > rest;
+    if (!found) rest -= sum;
+    bin += found ? 1 : 0;
+  }
+  left = rest;
+  return static_cast<uint32_t>(source) * kBins + bin - 1;
+}
+
+// The largest of entries 1 .. i - 2 that together with `have` reach what is wanted, if they must
+// (take_largest, and the entry at which it stops). mass: gets total and wanted.
+//
+// Two histograms of sums of digits, first by the exponent and three more bits, then by the other
+// seven: a lane adds up the bins of one exponent, and later four values. A walk down the bits, one
+// sweep over the row for each, took three quarters of the instructions of the map's kernel.
+__device__ inline MapTaken cover_row_warp(const __half* row, int32_t i, float gamma, uint64_t have,
+                                          CoverSharedWarp& shared, RowMass& mass) {
+  const auto lane = static_cast<uint32_t>(threadIdx.x % 32);
+  for_map_units(row, i, [&](int32_t first, const MapUnit& unit) {
+    const uint32_t mask = unit_mask(first, 1, i - 1);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const uint32_t bits = unit.bits(e);
+      if ((mask >> e & 1) != 0) {
+        atomicAdd(&shared.bins[bits >> 7 & 7][bits >> 10][lane % 4], map_digits(bits));
+      }
+    }
   });
-  if (count > rule.most_blocks) {
-    limit_row_warp(score, i, n, rule.most_blocks, columns, most_asked, row);
+  uint32_t sums[8];
+  collect_bins(shared, sums);
+  uint64_t own = 0;
+#pragma unroll
+  for (int k = 0; k < 8; ++k) own += sums[k];
+  own <<= map_places(lane);
+  const uint64_t from = sum_from_lane(own);
+  mass.total = have + __shfl_sync(kWholeWarp, from, 0);
+  mass.wanted = mass_to_reach(gamma, mass.total);
+  if (have >= mass.wanted) return {};
+  uint64_t left = mass.wanted - have - 1;
+  const uint32_t top = find_bin(sums, from - own, left, map_places);
+
+  for_map_units(row, i, [&](int32_t first, const MapUnit& unit) {
+    const uint32_t mask = unit_mask(first, 1, i - 1);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const uint32_t bits = unit.bits(e);
+      if ((mask >> e & 1) != 0 && bits >> 7 == top) {
+        atomicAdd(&shared.bins[bits & 3][bits >> 2 & 31][lane % 4], map_digits(bits));
+      }
+    }
+  });
+  uint32_t values[4];
+  collect_bins(shared, values);
+  const uint32_t own_digits = values[0] + values[1] + values[2] + values[3];
+  const uint32_t above = sum_from_lane(own_digits) - own_digits;
+  const uint32_t low = find_bin(values, above, left, [](uint32_t) { return 0u; });
+  MapTaken taken;
+  taken.bits = top << 7 | low;
+  // What is left is less than all that equal it weigh.
+  taken.ties = static_cast<uint32_t>(left) / map_digits(taken.bits) + 1;
+  return taken;
+}
+
+// keep_cover. columns: nullptr where the row takes none; shared: zeros, and zeros again afterwards.
+__device__ inline RowMass keep_cover_warp(const __half* map_row, int32_t i, int32_t n,
+                                          const BlockCoverRule& rule, const uint64_t* columns,
+                                          const float* most_asked, CoverSharedWarp& shared,
+                                          uint64_t* row) {
+  const auto lane = static_cast<int32_t>(threadIdx.x % 32);
+  const auto mass_at = [&](int32_t j) { return map_mass(__half_as_ushort(map_row[j])); };
+  RowMass mass;
+  uint64_t have = mass_at(0);
+  if (i > 0) have += mass_at(i);
+  if (i > 1) have += mass_at(i - 1);
+  const MapTaken taken = cover_row_warp(map_row, i, rule.gamma, have, shared, mass);
+
+  // A lane has a byte of every 32 of the row.
+  auto* bytes = reinterpret_cast<uint8_t*>(row);
+  const auto* column_bytes = reinterpret_cast<const uint8_t*>(columns);
+  const int32_t size = (n + 63) / 64 * 8;
+  uint32_t ties = 0;  // so far
+  int32_t count = 0;
+#pragma unroll 1
+  for (int32_t from = 0; from < size; from += 32) {
+    const int32_t byte = from + lane, first = 8 * byte;
+    const uint32_t there = unit_mask(first, 0, i + 1), eligible = unit_mask(first, 1, i - 1);
+    MapUnit unit{};
+    if (there != 0) unit.halves = *reinterpret_cast<const uint4*>(map_row + first);
+    uint32_t above = 0, equal = 0;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      above |= unit.bits(e) > taken.bits ? 1u << e : 0u;
+      equal |= unit.bits(e) == taken.bits ? 1u << e : 0u;
+    }
+    above &= eligible;
+    equal &= eligible;
+    if (__any_sync(kWholeWarp, equal != 0 ? 1 : 0) != 0) {
+      const auto own = static_cast<uint32_t>(__popc(equal));
+      const uint32_t from_here = sum_from_lane(own);
+      const uint32_t all = __shfl_sync(kWholeWarp, from_here, 0);
+      const uint32_t before = ties + all - from_here;
+      ties += all;
+      // Takes the lower ones of its equal entries.
+      for (uint32_t left = before < taken.ties ? taken.ties - before : 0; left > 0 && equal != 0;
+           --left) {
+        above |= equal & (0u - equal);
+        equal &= equal - 1;
+      }
+    }
+    uint32_t kept = above | (there & ~eligible);
+    if (column_bytes != nullptr && byte < size) kept |= column_bytes[byte] & there;
+    if (byte < size) bytes[byte] = static_cast<uint8_t>(kept);
+    count += __popc(kept);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) mass.kept += (kept >> e & 1) != 0 ? map_mass(unit.bits(e)) : 0;
   }
-  for (int64_t j = lane; j <= i; j += 32) {
-    if (has_bit(row, j)) mass.kept += fixed_mass_of(score(j));
+  count = __reduce_add_sync(kWholeWarp, count);
+  if (count > rule.most_blocks) {
+    __syncwarp();
+    limit_row_warp([&](int64_t j) { return map_entry(map_row, j); }, i, n, rule.most_blocks,
+                   columns, most_asked, row);
+    mass.kept = 0;
+    for (int32_t j = lane; j <= i; j += 32) {
+      if (has_bit(row, j)) mass.kept += mass_at(j);
+    }
   }
   mass.kept = sum_warp_u64(mass.kept);
   return mass;
