@@ -37,7 +37,12 @@ set(flexprefill_sm90_sources
   src/select/probe_sm90_d64.cu
   src/select/probe_sm90_d128.cu
   src/select/probe_sm90_d192.cu
-  src/select/probe_sm90_d256.cu)
+  src/select/probe_sm90_d256.cu
+  src/select/select_cover_sm90.cu
+  src/select/select_cover_sm90_d64.cu
+  src/select/select_cover_sm90_d128.cu
+  src/select/select_cover_sm90_d192.cu
+  src/select/select_cover_sm90_d256.cu)
 
 # As on the host, a product and a sum of select round separately; where they may be fused, it says
 # fmaf.
@@ -49,6 +54,11 @@ if(NOT FLEXPREFILL_CUDA_EMULATOR)
     src/select/probe_sm90_d128.cu
     src/select/probe_sm90_d192.cu
     src/select/probe_sm90_d256.cu
+    src/select/select_cover_sm90.cu
+    src/select/select_cover_sm90_d64.cu
+    src/select/select_cover_sm90_d128.cu
+    src/select/select_cover_sm90_d192.cu
+    src/select/select_cover_sm90_d256.cu
     PROPERTIES COMPILE_OPTIONS -fmad=false)
 endif()
 

@@ -18,6 +18,7 @@
 #include "math.h"
 #include "select/select_cover_cuda_asks.cuh"
 #include "select/select_cover_cuda_map.cuh"
+#include "select/select_cover_sm90.h"
 #include "select/select_rows.h"
 
 namespace flexprefill {
@@ -172,7 +173,8 @@ int32_t chunk_tiles(const Problem& problem, const Pattern& pattern) {
 }
 
 template <typename Element>
-void launch_all(const Problem& problem, const SelectProblem& select, CoverParams p, void* stream) {
+void launch_all(const Problem& problem, const SelectProblem& select, CoverParams p, bool sm90,
+                void* stream) {
   const auto heads = static_cast<int64_t>(select.problem.b) * problem.h_q;
   PoolMeans means{};
   means.keys_of_head = select.problem.max_n_kv * p.per_block;
@@ -189,15 +191,23 @@ void launch_all(const Problem& problem, const SelectProblem& select, CoverParams
     p.ring_bytes = static_cast<int32_t>(ring);
     return ring + beside;
   };
-  const size_t asks_bytes = with_ring(sizeof(AsksShared));
-  launch_overlapped(asks_kernel<Element>, dim3(grid_of(heads * p.memory.max_chunks)),
-                    dim3(CoverTile::kThreads), asks_bytes, stream, select, p);
+  if (sm90) {
+    cover_asks_sm90(problem, select, p, stream);
+  } else {
+    const size_t bytes = with_ring(sizeof(AsksShared));
+    launch_overlapped(asks_kernel<Element>, dim3(grid_of(heads * p.memory.max_chunks)),
+                      dim3(CoverTile::kThreads), bytes, stream, select, p);
+  }
   launch_overlapped(columns_kernel, dim3(grid_of(heads * p.slices)), dim3(kColumnsThreads),
                     sizeof(ColumnsShared), stream, select, p);
-  const size_t map_bytes = with_ring(sizeof(MapShared));
-  launch_overlapped(cover_map_kernel<Element>,
-                    dim3(grid_of(std::min<int64_t>(p.memory.ctas, p.tasks))),
-                    dim3(CoverTile::kThreads), map_bytes, stream, select, p);
+  if (sm90) {
+    cover_map_sm90(problem, select, p, stream);
+  } else {
+    const size_t bytes = with_ring(sizeof(MapShared));
+    launch_overlapped(cover_map_kernel<Element>,
+                      dim3(grid_of(std::min<int64_t>(p.memory.ctas, p.tasks))),
+                      dim3(CoverTile::kThreads), bytes, stream, select, p);
+  }
   if (select.audit == nullptr) return;
   launch_overlapped(cover_audit_kernel, dim3(grid_of(heads)), dim3(kCoverAuditThreads),
                     (kCoverAuditThreads / 32 + 1) * sizeof(double), stream, select, p);
@@ -216,7 +226,9 @@ CoverMemory lay_out_cover(const Problem& problem, const BlockCover& pattern, int
     memory.pitch = std::max(memory.pitch, static_cast<int32_t>(problem.grids[s].n_kv));
     memory.max_chunks = std::max(memory.max_chunks, static_cast<int32_t>(problem.lengths[s].s_kv));
   }
-  memory.pitch = (memory.pitch + 7) / 8 * 8;
+  // Whole tiles, so that nobody asks whether an entry exists before it is written.
+  memory.pitch = static_cast<int32_t>(ceil_div(memory.pitch, tile_blocks(problem))) *
+                 static_cast<int32_t>(tile_blocks(problem));
   memory.chunk_tiles = chunk_tiles(problem, pattern);
   memory.max_chunks =
       static_cast<int32_t>(ceil_div(memory.max_chunks, memory.chunk_tiles * CoverTile::kColumns));
@@ -241,7 +253,7 @@ CoverMemory lay_out_cover(const Problem& problem, const BlockCover& pattern, int
 }
 
 void select_cover(const Problem& problem, const BlockCover& pattern, const SelectProblem& select,
-                  const CoverMemory& memory, void* stream) {
+                  const CoverMemory& memory, bool sm90, void* stream) {
   CoverParams p{};
   p.memory = memory;
   if (select.audit == nullptr) p.memory.group_mass = nullptr;
@@ -250,11 +262,12 @@ void select_cover(const Problem& problem, const BlockCover& pattern, const Selec
   p.tile_blocks = tile_blocks(problem);
   grid_of(map_tasks(problem));  // numbers that fit
   p.tasks = static_cast<int32_t>(map_tasks(problem));
+  p.drawn = select.tickets + 1;  // the columns' kernel takes every second one
   p.slices = static_cast<int32_t>(ceil_div(memory.pitch, kColumnsSlice));
   if (problem.dtype == DType::kBFloat16) {
-    launch_all<__nv_bfloat16>(problem, select, p, stream);
+    launch_all<__nv_bfloat16>(problem, select, p, sm90, stream);
   } else {
-    launch_all<__half>(problem, select, p, stream);
+    launch_all<__half>(problem, select, p, sm90, stream);
   }
 }
 

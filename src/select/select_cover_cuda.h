@@ -26,7 +26,7 @@ struct CoverMemory {
   int32_t* rows_below = nullptr;    // [heads]
   std::byte* scratch = nullptr;     // [ctas, scratch_bytes], in the place of masses
   int64_t scratch_bytes = 0, ctas = 0;
-  int32_t pitch = 0;        // of a row of the map: the most key blocks, a multiple of 8
+  int32_t pitch = 0;        // of a row of the map: the most key blocks, in whole tiles
   int32_t chunk_tiles = 0;  // of 128 keys, of a thread block
   int32_t max_chunks = 0;
 };
@@ -38,9 +38,9 @@ CoverMemory lay_out_cover(const Problem& problem, const BlockCover& pattern, int
                           int64_t words, Arena& arena, SelectProblem& select);
 
 // On the stream: the rows of every head that is not dense, select.not_finite, and select.audit if
-// it is asked for (then also of dense heads).
+// it is asked for (then also of dense heads). sm90: by the kernels for Hopper, which TMA serves.
 void select_cover(const Problem& problem, const BlockCover& pattern, const SelectProblem& select,
-                  const CoverMemory& memory, void* stream);
+                  const CoverMemory& memory, bool sm90, void* stream);
 
 }  // namespace flexprefill
 

@@ -164,7 +164,7 @@ __device__ inline bool finish_row_sums(const MeansMapTask& task, MapShared& shar
 // values[2 k] and values[2 k + 1] of this lane and of the one `bit` away: the lane without the bit
 // gets the sums of the even ones, the other those of the odd ones.
 template <int kSize>
-__device__ inline void exchange_halves(float (&values)[kSize], int bit) {
+__device__ inline void exchange_halves(float* values, int bit) {
   const bool odd = (threadIdx.x & bit) != 0;
 #pragma unroll
   for (int k = 0; k < kSize / 2; ++k) {
@@ -201,18 +201,16 @@ __device__ inline void write_map_tile(const MeansMapTask& task, const TileThread
     __half* to = task.map + int64_t{row} * task.pitch;
     const int32_t block0 = (tile * CoverTile::kColumns + me.first_column()) / kPer;
     const auto put = [&](int32_t block, float sum) {
-      if (block < task.n_kv) to[block] = __float2half_rn(sum * kMapUnits);
+      to[block] = __float2half_rn(sum * kMapUnits);
     };
     if constexpr (kPer == 4) {
-      exchange_halves(sums, 1);  // columns 2 c, 2 c + 1: n = 2 k + c % 2
-      float four[4] = {sums[0], sums[1], sums[2], sums[3]};
-      exchange_halves(four, 4);  // rows: k = 2 l + row_lane % 2
-      float two[2] = {four[0], four[1]};
-      exchange_halves(two, 8);  // l = row_lane / 2 % 2
+      exchange_halves<8>(sums, 1);  // columns 2 c, 2 c + 1: n = 2 k + c % 2
+      exchange_halves<4>(sums, 4);  // rows: k = 2 l + row_lane % 2
+      exchange_halves<2>(sums, 8);  // l = row_lane / 2 % 2
       const int32_t k = row_lane / 2 % 2 * 2 + row_lane % 2;
-      put(block0 + 2 * (2 * k + c % 2) + c / 2, two[0]);
+      put(block0 + 2 * (2 * k + c % 2) + c / 2, sums[0]);
     } else if constexpr (kPer == 2) {
-      exchange_halves(sums, 4);  // n = 2 k + row_lane % 2
+      exchange_halves<8>(sums, 4);  // n = 2 k + row_lane % 2
 #pragma unroll
       for (int k = 0; k < 4; ++k) put(block0 + 4 * (2 * k + row_lane % 2) + c, sums[k]);
     } else {
@@ -225,12 +223,12 @@ __device__ inline void write_map_tile(const MeansMapTask& task, const TileThread
   }
 }
 
-// After the passes: a warp a row. `shared`: of each warp, free.
+// After the passes: a warp a row. `shared`: of each of the kWarps warps, free.
+template <int32_t kWarps>
 __device__ inline void decide_map(const SelectProblem& select, const CoverParams& p,
                                   const BlockTask& task, const MeansMapTask& means,
                                   CoverSharedWarp* shared) {
   const auto thread = static_cast<int32_t>(threadIdx.x);
-  constexpr int32_t kWarps = CoverTile::kThreads / 32;
   const CoverHead head(select, task.view);
   const AskingRows asking(select.problem.sequences[task.view.sequence].s_q);
   const auto asks_from =
@@ -334,7 +332,10 @@ __global__ void __launch_bounds__(CoverTile::kThreads, 2)
       select.not_finite[task.view.number] = 1;
     }
     __syncthreads();
-    if (good) decide_map(select, p, task, means, reinterpret_cast<CoverSharedWarp*>(ring));
+    if (good) {
+      decide_map<CoverTile::kThreads / 32>(select, p, task, means,
+                                           reinterpret_cast<CoverSharedWarp*>(ring));
+    }
     __syncthreads();
   }
 }

@@ -13,7 +13,7 @@ namespace flexprefill {
 // the 2^-40 that decisions count in is not far from what a half holds, and every entry is a whole
 // number of them. `bits`: of a half >= 0; they order like the entries.
 constexpr float kMapUnits = 32768;
-__device__ inline float map_entry(const __half* row, int64_t j) {
+__device__ inline float map_entry(const __half* row, int32_t j) {
   return __half2float(row[j]) * (1 / kMapUnits);
 }
 
@@ -64,18 +64,18 @@ struct MapTaken {
   uint32_t ties = 0;
 };
 
-__device__ inline bool always_keeps(int64_t i, int64_t j) { return j == 0 || j == i || j == i - 1; }
+__device__ inline bool always_keeps(int32_t i, int32_t j) { return j == 0 || j == i || j == i - 1; }
 
 // Writes the words of row i: keep(j), asked by all lanes for 32 blocks at a time in ascending
 // order, at most `i` of them. Every lane gets how many are kept.
 template <typename Keep>
-__device__ inline int32_t write_cover_row(int64_t i, int64_t n, uint64_t* row, const Keep& keep) {
-  const auto lane = static_cast<int64_t>(threadIdx.x % 32);
+__device__ inline int32_t write_cover_row(int32_t i, int32_t n, uint64_t* row, const Keep& keep) {
+  const auto lane = static_cast<int32_t>(threadIdx.x % 32);
   int32_t count = 0;
-  for (int64_t w = 0; w < (n + 63) / 64; ++w) {
+  for (int32_t w = 0; w < (n + 63) / 64; ++w) {
     uint64_t word = 0;
     for (int half = 0; half < 2; ++half) {
-      const int64_t j = 64 * w + 32 * half + lane;
+      const int32_t j = 64 * w + 32 * half + lane;
       const bool kept = keep(j, j <= i) && j <= i;
       const uint32_t bits = __ballot_sync(kWholeWarp, kept ? 1 : 0);
       count += __popc(bits);
@@ -89,28 +89,28 @@ __device__ inline int32_t write_cover_row(int64_t i, int64_t n, uint64_t* row, c
 
 // limit_row, for a row that has too many blocks.
 template <typename Score>
-__device__ inline void limit_row_warp(const Score& score, int64_t i, int64_t n, int64_t most,
+__device__ inline void limit_row_warp(const Score& score, int32_t i, int32_t n, int32_t most,
                                       const uint64_t* columns, const float* most_asked,
                                       uint64_t* row) {
-  const auto lane = static_cast<int64_t>(threadIdx.x % 32);
-  const auto is_column = [&](int64_t j) {
+  const auto lane = static_cast<int32_t>(threadIdx.x % 32);
+  const auto is_column = [&](int32_t j) {
     return columns != nullptr && has_bit(columns, j) && !always_keeps(i, j);
   };
   uint32_t own = 0;
-  for (int64_t j = lane; j <= i; j += 32) own += is_column(j) ? 1 : 0;
-  const int64_t asked = __reduce_add_sync(kWholeWarp, own);
-  const int64_t left = most - (i > 1 ? kCoverLeastBlocks : i + 1);
+  for (int32_t j = lane; j <= i; j += 32) own += is_column(j) ? 1 : 0;
+  const auto asked = static_cast<int32_t>(__reduce_add_sync(kWholeWarp, own));
+  const int32_t left = most - (i > 1 ? static_cast<int32_t>(kCoverLeastBlocks) : i + 1);
   const bool columns_alone = asked > left;
   // Which blocks compete for the places that are left, and by what.
-  const auto competes = [&](int64_t j) {
+  const auto competes = [&](int32_t j) {
     return columns_alone ? is_column(j) : has_bit(row, j) && !is_column(j) && !always_keeps(i, j);
   };
-  const auto value = [&](int64_t j) { return columns_alone ? most_asked[j] : score(j); };
+  const auto value = [&](int32_t j) { return columns_alone ? most_asked[j] : score(j); };
   TakenWarp taken{};
   taken.taken =
-      take_largest_warp([&](int64_t j) { return competes(j) ? value(j) : -1.0f; }, i + 1,
+      take_largest_warp([&](int32_t j) { return competes(j) ? value(j) : -1.0f; }, i + 1,
                         Weight::kCount, static_cast<uint64_t>(columns_alone ? left : left - asked));
-  write_cover_row(i, n, row, [&](int64_t j, bool there) {
+  write_cover_row(i, n, row, [&](int32_t j, bool there) {
     const bool eligible = there && competes(j);
     const bool takes = taken.takes(eligible ? value(j) : -1.0f, eligible);
     return takes || (there && (always_keeps(i, j) || (!columns_alone && is_column(j))));
@@ -281,8 +281,8 @@ __device__ inline RowMass keep_cover_warp(const __half* map_row, int32_t i, int3
   count = __reduce_add_sync(kWholeWarp, count);
   if (count > rule.most_blocks) {
     __syncwarp();
-    limit_row_warp([&](int64_t j) { return map_entry(map_row, j); }, i, n, rule.most_blocks,
-                   columns, most_asked, row);
+    limit_row_warp([&](int32_t j) { return map_entry(map_row, j); }, i, n,
+                   static_cast<int32_t>(rule.most_blocks), columns, most_asked, row);
     mass.kept = 0;
     for (int32_t j = lane; j <= i; j += 32) {
       if (has_bit(row, j)) mass.kept += mass_at(j);

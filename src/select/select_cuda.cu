@@ -223,7 +223,7 @@ struct Launches {
   const Plan& plan;
   const BlockScoreMemory& blocks;
   const CoverMemory& cover;
-  const bool sm90;  // the probe by wgmma
+  const bool sm90;  // the probe, or what BlockCover has of it, by wgmma
   void* stream;
 
   int64_t heads() const { return problem.b() * problem.h_q; }
@@ -310,7 +310,7 @@ struct Launches {
     if (select.map_heads != nullptr) decide_maps<Element>();
     const auto* covers = std::get_if<BlockCover>(&pattern);
     if (plan.any_probed && covers != nullptr) {
-      select_cover(problem, *covers, select, cover, stream);
+      select_cover(problem, *covers, select, cover, sm90, stream);
     } else if (plan.any_probed && select.not_finite != nullptr) {
       select_by_blocks(problem, pattern, select, blocks, stream);
     }

@@ -1,0 +1,274 @@
+// BlockCover's map on Hopper. What is computed: select_cover_cuda_map.cuh.
+#ifndef FLEXPREFILL_SRC_SELECT_SELECT_COVER_SM90_MAP_CUH_
+#define FLEXPREFILL_SRC_SELECT_SELECT_COVER_SM90_MAP_CUH_
+
+#include "select/select_cover_cuda_map.cuh"
+#include "select/select_cover_sm90_tiles.cuh"
+
+namespace flexprefill {
+
+template <typename Shape>
+struct CoverMapShared {
+  CoverTiles<Shape> tiles;
+  uint32_t released[Shape::kStages];  // how often warps did not need it any more
+  // The task in work, by one thread for all: registers are short.
+  int32_t next_task;
+  bool skips;
+  BlockTask task;
+  MeansMapTask means;
+};
+
+// A warpgroup works on 64 columns at a time: with the scores of 128, registers are too few for two
+// CTAs a multiprocessor.
+using CoverScores = float[32];
+
+// Means of keys that a row does not see become -inf; a ragged last one counts by its tokens.
+// column: the first of 64.
+__device__ __forceinline__ void mask_means(const MeansMapTask& task, const CoverThread& me,
+                                           int32_t column, float scale, CoverScores& scores) {
+  if (column + 63 <= task.first + me.warp_row) return;
+  column += me.first_column;
+  const int32_t last_mean = (task.s_kv - 1) / kPool, ragged = task.s_kv - last_mean * kPool;
+  const float less =
+      ragged < kPool ? log2f(static_cast<float>(ragged) / static_cast<float>(kPool)) / scale : 0.0f;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int32_t last = task.first + me.first_row + 8 * r - column;
+#pragma unroll
+    for (int g = 0; g < 8; ++g) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& score = scores[4 * g + 2 * r + e];
+        if (8 * g + e > last) score = -INFINITY;
+        if (8 * g + e == last_mean - column) score += less;
+      }
+    }
+  }
+}
+
+// Pass 1: the thread's part of its two rows.
+__device__ __forceinline__ void add_means(float scale, const CoverScores& scores,
+                                          RowSum (&rows)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float highest = -FLT_MAX;
+#pragma unroll
+    for (int g = 0; g < 8; ++g) {
+      highest = fmaxf(highest, fmaxf(scores[4 * g + 2 * r], scores[4 * g + 2 * r + 1]));
+    }
+    highest = fmaxf(scaled_max(highest, scale), rows[r].max);
+    float parts[2] = {rows[r].sum * exp2_approx(rows[r].max - highest), 0};
+#pragma unroll
+    for (int g = 0; g < 8; ++g) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        parts[e] += exp2_approx(fmaf(scores[4 * g + 2 * r + e], scale, -highest));
+      }
+    }
+    rows[r] = {highest, parts[0] + parts[1]};
+  }
+}
+
+// After pass 1: log2 of a row's weight in its block over its sum; -inf where there is no row. True
+// if it has no softmax.
+__device__ __forceinline__ bool finish_row(const MeansMapTask& task, int32_t r, RowSum row,
+                                           float& offset) {
+  const float highest = max_quad(row.max);
+  row = {highest, sum_quad(row.sum * exp2_approx(row.max - highest))};
+  offset = -INFINITY;
+  if (r < task.begin || r >= task.end) return false;
+  const float share = static_cast<float>(task.tokens(r)) / static_cast<float>(task.block_tokens(r));
+  offset = log2f(share) - row.log();
+  return !(row.sum > 0);
+}
+
+// Pass 2: probabilities, summed to blocks of kPer by kPer means, to the map. Rows of a block lie in
+// lanes 4 and 8 apart, its columns in one lane and the next.
+template <int kPer>
+__device__ __forceinline__ void write_means(const MeansMapTask& task, const CoverThread& me,
+                                            int32_t column, float scale, const CoverScores& scores,
+                                            const float (&offsets)[2]) {
+  const int32_t lane = me.lane, c = lane % 4;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    __half* to = task.map + int64_t{(me.first_row + 8 * r) / kPer} * task.pitch + column / kPer;
+    const bool exists = offsets[r] > -INFINITY;
+    const auto put = [&](int32_t block, float sum) {
+      to[block] = __float2half_rn(sum * kMapUnits);
+    };
+    float sums[8];
+#pragma unroll
+    for (int g = 0; g < 8; ++g) {
+      float p[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        p[e] = exp2_approx(fmaf(scores[4 * g + 2 * r + e], scale, offsets[r]));
+        if (kPer == 1) put(8 * g + 2 * c + e, exists ? p[e] : 0);
+      }
+      sums[g] = exists ? p[0] + p[1] : 0;
+    }
+    if constexpr (kPer == 4) {
+      exchange_halves<8>(sums, 1);  // g = 2 k + c % 2
+      exchange_halves<4>(sums, 4);  // k = 2 l + lane / 4 % 2
+      exchange_halves<2>(sums, 8);  // l = lane / 8 % 2
+      put(2 * (lane / 8 % 2 * 4 + lane / 4 % 2 * 2 + c % 2) + c / 2, sums[0]);
+    } else if constexpr (kPer == 2) {
+      exchange_halves<8>(sums, 4);  // g = 2 k + lane / 4 % 2
+#pragma unroll
+      for (int k = 0; k < 4; ++k) put(4 * (2 * k + lane / 4 % 2) + c, sums[k]);
+    }
+  }
+}
+
+// Loads of a task: its rows, and its columns for one pass and again for the other. There is no warp
+// for them, so that each thread may have 128 registers: of the warps that read a tile, the last one
+// has another loaded in its place. Means that do not exist were not written: as rows they are left
+// out, as columns masked.
+template <typename Shape>
+__device__ inline void load_columns(const CoverSm90Params& params, int32_t load, uint32_t stage,
+                                    CoverMapShared<Shape>& shared) {
+  const DeviceSequence& sequence = params.select.problem.sequences[shared.task.view.sequence];
+  const int32_t tiles = shared.means.tiles, tile = load < tiles ? load : load - tiles;
+  const int64_t first = sequence.first_mean + int64_t{shared.task.kv} * sequence.n_kv;
+  load_means<Shape>(params.key_means, &shared.tiles.full[stage], shared.tiles.columns[stage],
+                    static_cast<int32_t>(first * params.cover.per_block) + tile * 128);
+}
+
+// One thread; nobody reads rows or columns.
+template <typename Shape>
+__device__ inline void start_loads(const CoverSm90Params& params, CoverRing<Shape> ring,
+                                   CoverMapShared<Shape>& shared) {
+  const BlockTask& task = shared.task;
+  const DeviceSequence& sequence = params.select.problem.sequences[task.view.sequence];
+  const int64_t first = sequence.first_row + int64_t{task.view.head} * sequence.n_q +
+                        (task.first_block - sequence.first_q_block);
+  load_means<Shape>(params.query_means, &shared.tiles.rows_full, shared.tiles.rows,
+                    static_cast<int32_t>(first * params.cover.per_block));
+#pragma unroll 1
+  for (int32_t load = 0; load < min(2 * shared.means.tiles, Shape::kStages); ++load) {
+    load_columns(params, load, ring.stage, shared);
+    ring.advance();
+  }
+}
+
+// One lane of a warp that does not read load number `load` any more.
+template <typename Shape>
+__device__ inline void release_columns(const CoverSm90Params& params, int32_t load,
+                                       const CoverRing<Shape>& ring,
+                                       CoverMapShared<Shape>& shared) {
+  constexpr uint32_t kWarps = kCoverComputeThreads / 32;
+  sm90::Barrier* empty = &shared.tiles.empty[ring.stage];
+  sm90::barrier_arrive(empty);
+  if (atomicAdd(&shared.released[ring.stage], 1u) % kWarps != kWarps - 1) return;
+  if (load + Shape::kStages >= 2 * shared.means.tiles) return;
+  sm90::barrier_wait(empty, ring.parity);  // over: orders what was read
+  load_columns(params, load + Shape::kStages, ring.stage, shared);
+}
+
+// Both passes. True where a row of the thread has no softmax.
+template <typename Shape>
+__device__ __forceinline__ bool compute_map(const CoverSm90Params& params, uint32_t rows_parity,
+                                            CoverRing<Shape>& ring, CoverMapShared<Shape>& shared) {
+  const MeansMapTask& task = shared.means;
+  const CoverThread me;
+  const int32_t last_row = task.first + me.group * 64 + 63;  // of the warpgroup
+  sm90::barrier_wait(&shared.tiles.rows_full, rows_parity);
+  CoverScores scores;
+  // work(column, scale): of each 64 columns that the warpgroup's rows see some of.
+  const auto pass = [&](int32_t first_load, const auto& work) {
+#pragma unroll 1
+    for (int32_t tile = 0; tile < task.tiles; ++tile) {
+      sm90::barrier_wait(&shared.tiles.full[ring.stage], ring.parity);
+#pragma unroll 1
+      for (int32_t half = 0; half < 2; ++half) {
+        const int32_t column = tile * 128 + half * 64;
+        const bool needed = column <= last_row;
+        if (needed) {
+          multiply_columns<Shape, 64>(shared.tiles, me.group, ring.stage, half * 64, scores);
+        }
+        if (half == 1) {
+          __syncwarp();
+          if (me.lane == 0) release_columns(params, first_load + tile, ring, shared);
+        }
+        if (!needed) continue;
+        const float scale = scale_scores(params.select.scale_log2, scores);
+        mask_means(task, me, column, scale, scores);
+        work(column, scale);
+      }
+      ring.advance();
+    }
+  };
+  RowSum rows[2];
+  pass(0, [&](int32_t, float scale) { add_means(scale, scores, rows); });
+  float offsets[2];
+  bool bad = false;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    bad = finish_row(task, me.first_row + 8 * r, rows[r], offsets[r]) || bad;
+  }
+  pass(task.tiles, [&](int32_t column, float scale) {
+    if (task.per_block == 4) {
+      write_means<4>(task, me, column, scale, scores, offsets);
+    } else if (task.per_block == 2) {
+      write_means<2>(task, me, column, scale, scores, offsets);
+    } else {
+      write_means<1>(task, me, column, scale, scores, offsets);
+    }
+  });
+  return bad;
+}
+
+template <typename Shape>
+__global__ void __launch_bounds__(kCoverComputeThreads, Shape::kCtas)
+    cover_map_sm90_kernel(const __grid_constant__ CoverSm90Params params) {
+  static_assert(sizeof(CoverTiles<Shape>::columns) >=
+                kCoverComputeThreads / 32 * sizeof(CoverSharedWarp));
+  await_previous_kernel();
+  start_next_kernel();
+  const SelectProblem& select = params.select;
+  auto& shared = *reinterpret_cast<CoverMapShared<Shape>*>(shared_memory());
+  const auto thread = static_cast<int32_t>(threadIdx.x);
+  if (thread == 0) shared.tiles.init();
+  if (thread < Shape::kStages) shared.released[thread] = 0;
+  CoverRing<Shape> ring;
+  uint32_t rows_parity = 0;
+  auto t = static_cast<int32_t>(blockIdx.x);
+  while (t < params.cover.tasks) {
+    if (thread == 0) {
+      // Each thread block begins with one of the longest tasks, and draws the others.
+      shared.next_task = static_cast<int32_t>(gridDim.x + atomicAdd(params.cover.drawn, 1u));
+      shared.task = BlockTask(select, params.cover.tile_blocks, t);
+      // Asked by one: other thread blocks write it meanwhile.
+      shared.skips = !shared.task.any || select.not_finite[shared.task.view.number] != 0;
+      if (!shared.skips) {
+        shared.means = MeansMapTask(select, params.cover, shared.task);
+        start_loads(params, ring, shared);
+      }
+    }
+    __syncthreads();
+    if (!shared.skips) {
+      const bool bad = compute_map(params, rows_parity, ring, shared);
+      rows_parity ^= 1;
+      if (__syncthreads_or(bad ? 1 : 0) != 0) {
+        if (thread == 0) select.not_finite[shared.task.view.number] = 1;
+      } else {
+        decide_map<kCoverComputeThreads / 32>(
+            select, params.cover, shared.task, shared.means,
+            reinterpret_cast<CoverSharedWarp*>(shared.tiles.columns));
+        sm90::fence_proxy_async();  // TMA writes there next
+      }
+    }
+    t = shared.next_task;
+    __syncthreads();
+  }
+}
+
+template <typename Shape>
+void launch_cover_map_sm90(const CoverSm90Params& params, uint32_t ctas, void* stream) {
+  launch_overlapped(cover_map_sm90_kernel<Shape>, dim3(ctas), dim3(kCoverComputeThreads),
+                    sizeof(CoverMapShared<Shape>), stream, params);
+}
+
+}  // namespace flexprefill
+
+#endif  // FLEXPREFILL_SRC_SELECT_SELECT_COVER_SM90_MAP_CUH_
