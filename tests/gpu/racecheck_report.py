@@ -26,7 +26,10 @@ KNOWN: dict[tuple[str, str], str] = {
     "every warp has stored the row 3 before",
     ("attend_sm90", "key_tile"): "written before the arrival at k_full, read after the wait for it "
     "and before the arrival at k_empty, for which the next write waits",
-    ("attend_sm90", "value_tile"): "likewise, v_full and v_empty, which the checking warps arrive at too",
+    (
+        "attend_sm90",
+        "value_tile",
+    ): "likewise, v_full and v_empty, which the checking warps arrive at too",
     (
         "attend_sm90",
         "not_finite",
