@@ -195,8 +195,10 @@ def prefill(
     )
     rows = None
     if audit:
-        heads, guard, comparison = (figure.numpy() for figure in figures)
-        rows = AuditRows(heads, guard, comparison if compared_rows > 0 else None)
+        heads, guard, comparison = figures  # what was not asked for lies beside q
+        rows = AuditRows(
+            heads.numpy(), guard.numpy(), comparison.numpy() if compared_rows > 0 else None
+        )
     return result, lse if return_lse else None, rows
 
 

@@ -159,13 +159,15 @@ def run_prefill(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None, AuditRows | None]:
     """out, lse and the audit's arrays; the last two None where not asked for."""
-    b, h_q, fields = audit_shape(q, options["cu_seqlens_q"])
-    rows = np.empty((b, h_q, fields), np.float32) if audit else None
-    comparison = np.empty((b, h_q, 4), np.float32) if compared_rows > 0 else None
+    rows: npt.NDArray[np.float32] | None = None
+    comparison: npt.NDArray[np.float32] | None = None
     guard: tuple[float, float] = (0, 0)
 
     def stage(call: Call, core_out: _core.Tensor, core_lse: _core.Tensor | None) -> None:
-        nonlocal guard
+        nonlocal rows, comparison, guard
+        b, h_q, fields = audit_shape(q, options["cu_seqlens_q"])
+        rows = np.empty((b, h_q, fields), np.float32) if audit else None
+        comparison = np.empty((b, h_q, 4), np.float32) if compared_rows > 0 else None
         core_pattern = pattern.to_core()
         guard = call.run(
             lambda: _core.prefill_workspace_size(call.core, core_pattern),

@@ -27,19 +27,20 @@ struct DenseRule {
 // 0: nothing measured that would say so; what select itself leaves dense (stays_dense) counts. On
 // the CPU select takes at most 8 % of dense mode's time from 4k tokens on (README.md), and below
 // that the budget decides.
-// sm80 and sm90: H200, 2026-11-24, commit 74df23b (bench/results/gpu.json), before any tuning.
+// sm90: H200, 2026-11-26, commit 2ebaa3e (bench/results/dense_rule.json). sm80: H200, 2026-11-24,
+// commit 74df23b, before any tuning.
 inline constexpr std::array kDenseRules{
     DenseRule{Backend::kReference, 0, 0, 0},
     DenseRule{Backend::kCpu, 0, 0, 0},
     DenseRule{Backend::kSm80, 190, 8.4, 3.9},
-    DenseRule{Backend::kSm90, 190, 8.4, 1.9},
+    DenseRule{Backend::kSm90, 50, 4.6, 1.7},
 };
 
 // Of what a pattern can leave out at most, what is reckoned to be left out. Heads that look at
-// everything keep everything, and that is known only when select has run. On the measured table any
-// share from .6 to .8 decides alike: structured inputs lose nothing to the better of the two,
-// random ones, of which nearly every block is kept, 7 % on average; at 1 they lose 12 %, at .4
-// structured ones 5 %.
+// everything keep everything, and that is known only when select has run. On the measured table,
+// with any share from .6 to .9, structured inputs lose less than 1 % on average to the better of
+// the two, and random ones, of which nearly every block is kept, 5 to 8 %; at 1 these lose 13 %, at
+// .5 structured ones 2 %, one of them 46 %.
 inline constexpr double kSavedShare = 0.7;
 
 // Of a backend that computes: kAuto is kCpu, kCuda what the card has.
