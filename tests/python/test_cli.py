@@ -422,10 +422,11 @@ def test_a_picture_is_written_whole_or_not_at_all(
 ) -> None:
     pyplot = pytest.importorskip("matplotlib.pyplot")
     path = tmp_path / "new" / "picture.svg"
-    common.write_picture(path, pyplot.figure(), dpi=50)
+    figure = pyplot.figure()
+    common.write_picture(path, figure, dpi=50)
     before = path.read_bytes()
     assert b"<svg" in before
-    assert pyplot.get_fignums() == []
+    assert not pyplot.fignum_exists(figure.number)
 
     def fail(*_: object) -> None:
         raise OSError("the disk is full")
