@@ -106,12 +106,13 @@ def draw_scores(report: dict[str, Any], path: Path) -> None:
 def draw_summary(report: dict[str, Any], path: Path) -> None:
     """README's: perplexity against density, a line for each pattern from 4k to 32k tokens."""
     shown = [
-        "flex:g=.9,budget=512",
-        "xattn:g=.9",
-        "flash:alpha=.08",
-        "map:decide=row,g=.88,use=last,rows=128",
+        "flex_prefill:min_budget=512",
+        "vertical_slash:vertical_size=1024,slash_size=1024",
+        "xattention:threshold=.9",
+        "flash_prefill:alpha=.08",
+        "block_cover",
     ]
-    names = ["flex_prefill", "xattention", "flash_prefill", "block_cover"]
+    names = ["flex_prefill", "vertical_slash", "xattention", "flash_prefill", "block_cover"]
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     for variant, name in zip(shown, names, strict=True):
         style = family(variant)
@@ -216,17 +217,20 @@ def main() -> None:
     draw_summary(test, IMAGES / "block_cover.png")
     offline = [load("offline_qwen2.5-coder-0.5b"), load("offline_smollm2-135m")]
     draw_offline(offline, IMAGES / "block_cover_offline.png")
-    row = "map:decide=row,{},use=last,rows=128"
     names = {
         "dense": "dense",
-        "flex:g=.9,budget=512": "published, gamma .9, budget 512",
-        "flex:g=.9,budget=1024": "published, gamma .9, budget 1024",
-        "xattn:g=.9": "xattention, .9",
-        "flash:alpha=.08": "flash_prefill, alpha .08, no correction",
-        "map": "the start: flat map .85, columns for all rows",
-        row.format("g=.83"): "block_cover, gamma .83",
-        row.format("g=.88"): "block_cover, gamma .88",
-        row.format("g=.91"): "block_cover, gamma .91",
+        "flex_prefill:min_budget=512": "flex_prefill, .9, budget 512",
+        "flex_prefill:min_budget=1024": "flex_prefill, .9, budget 1024",
+        "vertical_slash:vertical_size=1024,slash_size=1024": "vertical_slash, 1024 + 1024",
+        "streaming_llm:global_window=1024,local_window=4096": "streaming_llm, 1024 + 4096",
+        "xattention:threshold=.9": "xattention, .9",
+        "flash_prefill:alpha=.08,mean_correction=0": "flash_prefill, .08, no correction",
+        "flash_prefill:alpha=.08": "flash_prefill, .08",
+        "block_cover:gamma=.8": "block_cover, .8",
+        "block_cover:gamma=.85": "block_cover, .85",
+        "block_cover": "**block_cover, .9 (default)**",
+        "block_cover:gamma=.93": "block_cover, .93",
+        "block_cover:column_share=0": "block_cover, .9, no columns",
     }
     put(PAGE, "test", score_table(test, names))
     base = "map:decide=cal,g=.85,crows=64,rows=64,use=last"
