@@ -29,8 +29,10 @@ class RareRow {
     if (row < work_.row_begin || row >= work_.row_end) return;
     const bool nothing = !sees_any_key(work_.first_position + row);
     const int32_t lane = static_cast<int32_t>(threadIdx.x) % 4;
+    // Each lane overwrites what others of its quad stored: 0 / 0.
+    __syncwarp(0xfu << (threadIdx.x % 32 & ~3u));
     if (work_.lse != nullptr && lane == 0) work_.lse[row] = nothing ? -INFINITY : NAN;
-    if (!nothing) return;  // 0 / 0 was stored
+    if (!nothing) return;  // 0 / 0 is right
     auto* out = reinterpret_cast<uint16_t*>(work_.out) + row * params_.problem.out.row_stride;
 #pragma unroll 1
     for (int32_t column = 8 * lane; column < params_.problem.d_v; column += 32) {
