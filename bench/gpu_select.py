@@ -6,7 +6,7 @@
     ncu --metrics gpu__time_duration.sum python bench/gpu_select.py --tokens 8192 --once
 
 The times of kernels are torch's profiler's, of calls outside a graph. Where kernels overlap
-(compute capability 9.0) a kernel's time begins with its first thread block, which may wait for the
+(compute capability 9.0) a kernel's time begins with its first CTA, which may wait for the
 kernel before to end: a column adds up to more than a call takes. ncu runs one kernel after the
 other; --once calls select once for each length, for it.
 """

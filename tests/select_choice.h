@@ -20,7 +20,7 @@ struct ChoiceInput {
   std::vector<float> pooled;           // [n_kv]: logits in units of log2
   std::vector<float> q;                // [n_q, 16]: that of every row of a query block
   std::vector<float> k_means;          // [n_kv, 16]
-  int64_t small_map = 256;             // key blocks of a map that one thread block decides
+  int64_t small_map = 256;             // key blocks of a map that one CTA decides
 };
 
 struct ChoiceResult {
@@ -36,7 +36,7 @@ struct ChoiceResult {
 bool has_device();
 ChoiceResult choose_on_device(const ChoiceInput& input);
 
-// take_largest of pattern.h by a thread block, and the entries that are taken as bits [words], in
+// take_largest of pattern.h by a CTA, and the entries that are taken as bits [words], in
 // their order and from the last to the first.
 struct TakenOnDevice {
   Taken taken;

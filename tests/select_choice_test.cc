@@ -136,7 +136,7 @@ TEST_F(SelectChoice, KeepsTheSameBlocksOfAMap) {
       for (const float gamma : {0.2f, 0.5f, 0.9f, 1.0f}) {
         SCOPED_TRACE("s_kv " + std::to_string(lengths.s_kv) + " gamma " + std::to_string(gamma));
         input.pattern.gamma = gamma;
-        // By one thread block, and by many.
+        // By one CTA, and by many.
         input.small_map = gamma == 0.5f || lengths.s_q == 300 ? 256 : 0;
         const ChoiceResult got = choose_on_device(input);
         ASSERT_EQ(got.choice.pattern, HeadPattern::kQueryAware);

@@ -1,4 +1,4 @@
-// The kernel of attend_sm80.cu: one thread block computes one row of the index (a query block of a
+// The kernel of attend_sm80.cu: one CTA computes one row of the index (a query block of a
 // head) or a part of it, warps of 16 or 32 query rows side by side.
 //
 //   shared   Work, Q [rows, d_qk], slots of 64 keys [64, d_qk or d_v]: K, V, K, V, ... of the kept
@@ -489,7 +489,7 @@ class AttendTile {
   float o_[kTilesM][kDimV / 2]{};
 };
 
-// Thread blocks: items of the order, each times the parts of a block.
+// CTAs: items of the order, each times the parts of a block.
 template <typename T, int kDimQk, int kDimV, int kTilesM, int kMinCtas>
 __global__ void __launch_bounds__(256 / kTilesM, kMinCtas) attend_kernel(const Parameters p) {
   const DeviceProblem& problem = p.problem;

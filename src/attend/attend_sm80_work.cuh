@@ -1,4 +1,4 @@
-// What a thread block of attend_sm80 works on: its row of the index and the walk over the row's
+// What a CTA of attend_sm80 works on: its row of the index and the walk over the row's
 // kept keys, in shared memory, where it takes no registers.
 #ifndef FLEXPREFILL_SRC_ATTEND_ATTEND_SM80_WORK_CUH_
 #define FLEXPREFILL_SRC_ATTEND_ATTEND_SM80_WORK_CUH_
@@ -46,18 +46,18 @@ struct Parameters {
 // second half; first < 0: no tile.
 struct KeyTile {
   int32_t first, second;
-  bool masked;  // some row of the thread block does not see all of its keys
+  bool masked;  // some row of the CTA does not see all of its keys
   // Not 0: a tile of means; those of these blocks of the row's word `first`.
   uint64_t dropped;
 
   __device__ bool is_means() const { return dropped != 0; }
 };
 
-// What all threads of a thread block know of its work, in shared memory, where it takes no
+// What all threads of a CTA know of its work, in shared memory, where it takes no
 // registers.
 struct Work {
   int32_t sequence, head;
-  int32_t first, last;     // positions of the thread block's first and last query
+  int32_t first, last;     // positions of the CTA's first and last query
   int32_t first_position;  // of the sequence
   int32_t s_kv;
   const std::byte *k_rows, *v_rows;  // of the head: row 0, of page 0 if paged

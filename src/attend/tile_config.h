@@ -8,10 +8,10 @@
 
 namespace flexprefill {
 
-// attend_sm80: keys of a tile, and tiles of K and V that a thread block may hold at most.
+// attend_sm80: keys of a tile, and tiles of K and V that a CTA may hold at most.
 inline constexpr int32_t kSm80TileKv = 64;
 inline constexpr int32_t kSm80MaxSlots = 4;
-// Bytes before the tiles (what all warps of a thread block know of its work), a multiple of 128.
+// Bytes before the tiles (what all warps of a CTA know of its work), a multiple of 128.
 inline constexpr int32_t kSm80SharedWork = 768;
 
 // A kernel of attend_sm80. Head dims are padded to d_qk and d_v. A warp has 16 or 32 query rows: 32
@@ -37,7 +37,7 @@ constexpr const Sm80Config& sm80_config(int32_t d_qk, int32_t d_v) {
   return kSm80Configs.back();
 }
 
-// A thread block's share of the work and of the shared memory: Q [rows, d_qk] and a ring of `slots`
+// A CTA's share of the work and of the shared memory: Q [rows, d_qk] and a ring of `slots`
 // tiles, which K and V take in turns.
 struct Sm80Tile {
   int32_t rows;   // the block size, or a part of it
@@ -47,11 +47,11 @@ struct Sm80Tile {
   constexpr int32_t threads(const Sm80Config& config) const { return rows / config.warp_rows * 32; }
 };
 
-// As many thread blocks a multiprocessor as registers allow, then as many slots as fit.
-// `device_shared_bytes`: what one thread block may opt in to; a multiprocessor has 1 KB more, and
-// every thread block takes 1 KB that it does not see.
+// As many CTAs a multiprocessor as registers allow, then as many slots as fit.
+// `device_shared_bytes`: what one CTA may opt in to; a multiprocessor has 1 KB more, and
+// every CTA takes 1 KB that it does not see.
 //
-//   d 128, block 128                                rows  slots  thread blocks
+//   d 128, block 128                                rows  slots  CTAs
 //   100 KB (8.6, 8.9)                                128      4              1
 //   164 KB (8.0)                                     128      3              2
 //   228 KB (9.0)                                     128      4              2

@@ -1,9 +1,9 @@
-// Which row of the index a thread block of attend works on next. Long rows come first, so that the
+// Which row of the index a CTA of attend works on next. Long rows come first, so that the
 // last ones to finish are short; rows are taken section by section, a section being as many K/V
 // heads of a sequence as the L2 cache holds, and within a section the heads of one K/V head and
 // near rows stay together.
 //
-// A persistent thread block starts with item `blockIdx.x` and draws the next ones from a counter.
+// A persistent CTA starts with item `blockIdx.x` and draws the next ones from a counter.
 #ifndef FLEXPREFILL_SRC_ATTEND_TILE_SCHEDULER_CUH_
 #define FLEXPREFILL_SRC_ATTEND_TILE_SCHEDULER_CUH_
 
@@ -25,7 +25,7 @@ struct alignas(16) WorkItem {
 
 struct WorkOrder {
   WorkItem* items = nullptr;     // [count]; nullptr: every causal block, order by formula
-  uint32_t* counter = nullptr;   // items drawn beyond the first of each thread block
+  uint32_t* counter = nullptr;   // items drawn beyond the first of each CTA
   uint32_t count = 0;            // items, some of them gaps where the order is by formula
   int32_t section_kv_heads = 1;  // K/V heads of a section; the last of a sequence may have fewer
   int32_t sections = 1;          // of a sequence
@@ -66,7 +66,7 @@ __device__ inline bool work_item(const DeviceProblem& problem, const WorkOrder& 
 constexpr int kOrderThreads = 512;
 constexpr int kOrderBuckets = 256;
 
-// One thread block a section: a counting sort of its rows by their number of kept blocks.
+// One CTA a section: a counting sort of its rows by their number of kept blocks.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads)
     order_rows(DeviceProblem problem, DeviceRows rows, WorkOrder order) {

@@ -15,7 +15,7 @@ namespace flexprefill {
 struct DeviceInfo {
   int32_t major = 0, minor = 0;
   int32_t multiprocessors = 0;
-  int64_t shared_bytes = 0;  // a thread block may opt in to
+  int64_t shared_bytes = 0;  // a CTA may opt in to
   int64_t l2_bytes = 0;
 };
 // Of the current device; asked once a device. Throws Error(kUnsupported) naming card and driver

@@ -20,7 +20,7 @@ constexpr int kLeastRows = 32;
 constexpr int64_t kMostGroups = 2048;
 
 // Up to so many words of bits (16k tokens, 32 heads) counting all before a group takes less time
-// than a kernel of its own: a launch, and two waits of each thread block for others' writes.
+// than a kernel of its own: a launch, and two waits of each CTA for others' writes.
 constexpr int64_t kFewWords = 16384;
 constexpr int kFewRows = 16;  // of a group then
 

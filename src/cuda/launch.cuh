@@ -55,7 +55,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   launch_detail::launch(false, kernel, grid, block, shared_bytes, stream, arguments...);
 }
 
-// As launch. Where the device can, the kernel's thread blocks start when all of the kernel before
+// As launch. Where the device can, the kernel's CTAs start when all of the kernel before
 // have called start_next_kernel() or ended; that hides the time of a launch. Every thread of such a
 // kernel calls await_previous_kernel() before it touches what earlier kernels of the stream write
 // or read, and before it ends: so the kernels after it can rely on all that came before.

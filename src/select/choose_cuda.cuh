@@ -1,9 +1,9 @@
 // The decisions of select on the device, as pattern.h makes them: bit-equal given equal scores;
 // only the sum of jsd_sqrt is in another order.
 //
-//   slices   a thread block takes a slice of a head's scores, of keys or of distances: it finishes
+//   slices   a CTA takes a slice of a head's scores, of keys or of distances: it finishes
 //            them (slash scores across chunks), adds up blocks, and makes level 0 of the cover
-//   choose   a thread block takes a head's keys or distances: the cover, the distance and the
+//   choose   a CTA takes a head's keys or distances: the cover, the distance and the
 //   pattern
 //            (keys), and the best blocks
 // Where no sequence has more than one slice, `choose` does all of it. Which pattern the head has is
@@ -19,7 +19,7 @@ namespace flexprefill {
 
 constexpr int kChooseThreads = 512;
 // Scores of a slice: in registers, as long as a row has one slice alone; a multiple of every block
-// size. With more of them the atomics of level 0 take a thread block longer than what follows.
+// size. With more of them the atomics of level 0 take a CTA longer than what follows.
 constexpr int kSliceEntries = 8192;
 constexpr int kSliceEach = kSliceEntries / kChooseThreads;
 // Block scores that are kept in shared memory while the best are looked for.
@@ -189,7 +189,7 @@ __device__ inline void gather_slices(const SelectProblem& select, const HeadScor
 // ---- The choice
 // ------------------------------------------------------------------------------------
 
-// jsd_sqrt of pattern.h, the sum in another order; q may come from other thread blocks.
+// jsd_sqrt of pattern.h, the sum in another order; q may come from other CTAs.
 template <int kThreads>
 __device__ float jsd_sqrt_cta(const float* p, const float* q, int32_t n, double* scratch) {
   double sum = 0;
@@ -350,7 +350,7 @@ __device__ inline void list_map(const SelectProblem& select, const HeadView& hea
 }
 
 // All decisions of a head's keys or distances, once its block scores and level 0 are there. One
-// code for both: it runs once, and a thread block waits longer for code than for anything in it.
+// code for both: it runs once, and a CTA waits longer for code than for anything in it.
 template <typename Entries>
 __device__ void decide(const SelectProblem& select, const HeadScores& scores,
                        const Entries& entries, ChooseShared& shared) {
@@ -399,7 +399,7 @@ __device__ inline bool is_chosen(const SelectProblem& select, const HeadView& he
          select.kind_of(head.head) == HeadRule::Kind::kProbe;
 }
 
-// Thread blocks: head, keys or distances, slice. Of calls with more than one slice somewhere.
+// CTAs: head, keys or distances, slice. Of calls with more than one slice somewhere.
 static __global__ void __launch_bounds__(kChooseThreads, 2)
     slices_kernel(const SelectProblem select, int32_t max_slices) {
   await_previous_kernel();
@@ -424,7 +424,7 @@ static __global__ void __launch_bounds__(kChooseThreads, 2)
   });
 }
 
-// Thread blocks: head, keys or distances. kSliced: after slices_kernel.
+// CTAs: head, keys or distances. kSliced: after slices_kernel.
 template <bool kSliced>
 __global__ void __launch_bounds__(kChooseThreads, 1) choose_kernel(const SelectProblem select) {
   await_previous_kernel();

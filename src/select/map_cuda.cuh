@@ -2,7 +2,7 @@
 // of its blocks that covers gamma. Which heads these are is known on the device alone: choose lists
 // them, and every kernel here is a fixed grid that walks over the list.
 //   map_rows    rows of a map from block means, their softmax, level 0 of the cover; the last
-//               thread block of a head descends, and where maps are small to the end
+//               CTA of a head descends, and where maps are small to the end
 //   map_level   levels 1 and 2 of large maps                               items: 16384 entries
 //   map_keep    the kept blocks as bits of the index, where maps take turns
 // "Last" is who takes the last ticket: nobody waits. Maps take the place of the scores, which are
@@ -25,12 +25,12 @@ constexpr int kRowThreads = kMapThreads / kMapRows;
 constexpr int kMapKeys = 64;   // means of key blocks in shared memory at a time
 constexpr int kMapDepth = 64;  // columns of them
 constexpr int kMapPitch = kMapDepth + 4;
-// Up to so many key blocks one thread block finds a head's threshold: its sweeps cost less than the
+// Up to so many key blocks one CTA finds a head's threshold: its sweeps cost less than the
 // launches of more kernels.
 constexpr int kSmallMap = 256;
 constexpr int kMapPiece = 16384;  // entries of an item of map_level
 constexpr int kKeepThreads = 256;
-constexpr int kMapKeepRows = 16;  // rows of a thread block that says what is kept
+constexpr int kMapKeepRows = 16;  // rows of a CTA that says what is kept
 
 struct MapShared {
   float q[kMapRows][256];
@@ -411,7 +411,7 @@ __device__ bool lone_entry_left(const DescendShared<kThreads>& at, int level, Ta
   return true;
 }
 
-// The last thread block of a head, after level 0: what is taken where maps are small, or the walk.
+// The last CTA of a head, after level 0: what is taken where maps are small, or the walk.
 __device__ inline void finish_map_level0(const SelectProblem& select, const HeadMap& map,
                                          bool small, MapShared& shared) {
   MapState& state = select.map_states[map.head.number];

@@ -100,7 +100,7 @@ void probe_sm90(const SelectProblem& select, const Problem& problem, void* strea
     const int64_t ctas = slices * problem.b() * ceil_div(select.max_chunks, Shape::kStreams);
     if (ctas > std::numeric_limits<int32_t>::max()) {
       throw Error(ErrorCode::kUnsupported,
-                  "select: expected at most 2^31 - 1 thread blocks, got " + std::to_string(ctas));
+                  "select: expected at most 2^31 - 1 CTAs, got " + std::to_string(ctas));
     }
     launch_probe_sm90<Shape>(params, static_cast<uint32_t>(ctas), stream);
   });

@@ -66,7 +66,7 @@ int32_t tile_blocks(const Problem& problem, const Pattern& pattern) {
   return kPooledRows;
 }
 
-// Thread blocks that a multiprocessor runs at once.
+// CTAs that a multiprocessor runs at once.
 int64_t ctas_per_multiprocessor(const Pattern& pattern) {
   return std::holds_alternative<XAttention>(pattern) ? 1 : 2;
 }

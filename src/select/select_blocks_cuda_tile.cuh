@@ -21,8 +21,8 @@
 
 namespace flexprefill {
 
-// Stages of a product's ring that leave room for `ctas` of its kernel's thread blocks on a
-// multiprocessor; beside: what else a thread block has in shared memory.
+// Stages of a product's ring that leave room for `ctas` of its kernel's CTAs on a
+// multiprocessor; beside: what else a CTA has in shared memory.
 template <typename Tile>
 int32_t ring_stages(int32_t d, int64_t beside, int64_t ctas) {
   constexpr int64_t kReserved = 1024;

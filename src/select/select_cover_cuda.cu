@@ -24,7 +24,7 @@
 namespace flexprefill {
 namespace {
 
-constexpr int64_t kResident = 2;  // thread blocks of the large kernels on a multiprocessor
+constexpr int64_t kResident = 2;  // CTAs of the large kernels on a multiprocessor
 
 // ---- Means --------------------------------------------------------------------------------------
 
@@ -146,8 +146,8 @@ int64_t map_tasks(const Problem& problem) {
   return ceil_div(most, tile_blocks(problem)) * problem.b() * problem.h_q;
 }
 
-// Tiles of keys of a thread block of asks_kernel. Its rows, its launch and its end are taken to
-// cost as much as a tile; thread blocks come in waves of kResident a multiprocessor.
+// Tiles of keys of a CTA of asks_kernel. Its rows, its launch and its end are taken to
+// cost as much as a tile; CTAs come in waves of kResident a multiprocessor.
 int32_t chunk_tiles(const Problem& problem, const Pattern& pattern) {
   int64_t most = 1;
   for (int64_t s = 0; s < problem.b(); ++s) {

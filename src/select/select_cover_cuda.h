@@ -27,7 +27,7 @@ struct CoverMemory {
   std::byte* scratch = nullptr;     // [ctas, scratch_bytes], in the place of masses
   int64_t scratch_bytes = 0, ctas = 0;
   int32_t pitch = 0;        // of a row of the map: the most key blocks, in whole tiles
-  int32_t chunk_tiles = 0;  // of 128 keys, of a thread block
+  int32_t chunk_tiles = 0;  // of 128 keys, of a CTA
   int32_t max_chunks = 0;
 };
 

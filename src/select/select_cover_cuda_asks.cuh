@@ -4,7 +4,7 @@
 //                   holds whole blocks, so of each row and block one number is left: log2 of the
 //                   sum of exp2(score). What bounds it: products and exponentials, as many.
 //   columns_kernel  a row's sum over all chunks, the largest mass of each block, and by the last
-//                   thread block of a head the cover of these.
+//                   CTA of a head the cover of these.
 #ifndef FLEXPREFILL_SRC_SELECT_SELECT_COVER_CUDA_ASKS_CUH_
 #define FLEXPREFILL_SRC_SELECT_SELECT_COVER_CUDA_ASKS_CUH_
 
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(CoverTile::kThreads, 2)
 // ---- Columns ------------------------------------------------------------------------------------
 
 constexpr int kColumnsThreads = 256;
-constexpr int32_t kColumnsSlice = 256;  // key blocks of a thread block
+constexpr int32_t kColumnsSlice = 256;  // key blocks of a CTA
 
 struct ColumnsShared {
   float offset[CoverTile::kRows];  // log2 of the sum of each row
@@ -201,7 +201,7 @@ __device__ inline bool sum_asking_rows(const CoverParams& p, const CoverHead& he
   return __syncthreads_count(bad ? 1 : 0) == 0;
 }
 
-// The cover of the maxima, by the head's last thread block.
+// The cover of the maxima, by the head's last CTA.
 __device__ inline void cover_columns(const CoverParams& p, const CoverHead& head, int32_t n,
                                      int32_t words, ColumnsShared& shared) {
   const auto thread = static_cast<int32_t>(threadIdx.x);

@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(CoverTile::kThreads, 2)
   for (auto t = static_cast<int32_t>(blockIdx.x); t < p.tasks;
        t += static_cast<int32_t>(gridDim.x)) {
     const BlockTask task(select, p.tile_blocks, t);
-    // Asked together: other thread blocks write it meanwhile.
+    // Asked together: other CTAs write it meanwhile.
     const bool skip = !task.any || select.not_finite[task.view.number] != 0;
     if (__syncthreads_count(skip ? 1 : 0) != 0) continue;
     const DeviceSequence& sequence = problem.sequences[task.view.sequence];

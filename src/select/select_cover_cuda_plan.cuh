@@ -27,7 +27,7 @@ struct CoverParams {
   int32_t stages;       // of the ring
   int32_t slices;       // of a head's columns
   int32_t ring_bytes;   // with the resident rows
-  uint32_t* drawn;      // tasks of the map that thread blocks drew; 0
+  uint32_t* drawn;      // tasks of the map that CTAs drew; 0
 
   // Query blocks that hold asking rows, at most.
   __host__ __device__ static int32_t groups(int32_t block_size) {

@@ -235,10 +235,10 @@ __global__ void __launch_bounds__(kCoverComputeThreads, Shape::kCtas)
   auto t = static_cast<int32_t>(blockIdx.x);
   while (t < params.cover.tasks) {
     if (thread == 0) {
-      // Each thread block begins with one of the longest tasks, and draws the others.
+      // Each CTA begins with one of the longest tasks, and draws the others.
       shared.next_task = static_cast<int32_t>(gridDim.x + atomicAdd(params.cover.drawn, 1u));
       shared.task = BlockTask(select, params.cover.tile_blocks, t);
-      // Asked by one: other thread blocks write it meanwhile.
+      // Asked by one: other CTAs write it meanwhile.
       shared.skips = !shared.task.any || select.not_finite[shared.task.view.number] != 0;
       if (!shared.skips) {
         shared.means = MeansMapTask(select, params.cover, shared.task);

@@ -1,4 +1,4 @@
-// What the kernels of select share: a call's plan in device memory, and sums over a thread block.
+// What the kernels of select share: a call's plan in device memory, and sums over a CTA.
 #ifndef FLEXPREFILL_SRC_SELECT_SELECT_DEVICE_CUH_
 #define FLEXPREFILL_SRC_SELECT_SELECT_DEVICE_CUH_
 
@@ -53,7 +53,7 @@ struct SelectSequence {
 struct MapState {
   HistogramWalk walk;
   Taken taken;
-  uint32_t tickets;  // thread blocks that are done in this kernel
+  uint32_t tickets;  // CTAs that are done in this kernel
   uint32_t dead;     // some row has no softmax
   uint32_t done;     // taken is known
 };
@@ -106,7 +106,7 @@ struct SelectProblem {
   float* block_mass;    // [heads, 2, n_kv], of the probe's two query blocks; nullptr: not asked
   float* k_means;       // [K/V heads, n_kv, d]
   CoverPart* parts;     // [heads, keys or distances, slices]; nullptr: one slice everywhere
-  uint32_t* tickets;    // [heads, 2]: of BlockCover; thread blocks that are done
+  uint32_t* tickets;    // [heads, 2]: of BlockCover; CTAs that are done
   HeadChoice* choices;  // [heads]; slash_blocks: unless the head is query-aware
   uint64_t* vertical_bits;  // [heads, words]
   uint64_t* slash_bits;     // [heads, 2, words]: unless the head is query-aware, and if it is
@@ -142,7 +142,7 @@ inline bool rows_on_16_bytes(const DeviceTensor& tensor) {
 inline uint32_t grid_of(int64_t ctas) {
   if (ctas > std::numeric_limits<int32_t>::max()) {
     throw Error(ErrorCode::kUnsupported,
-                "select: expected at most 2^31 - 1 thread blocks, got " + std::to_string(ctas));
+                "select: expected at most 2^31 - 1 CTAs, got " + std::to_string(ctas));
   }
   return static_cast<uint32_t>(ctas);
 }
@@ -189,7 +189,7 @@ __device__ inline uint4 load_eight(const std::byte* from, bool aligned) {
   return {pair(0), pair(2), pair(4), pair(6)};
 }
 
-// Counts this thread block as done with its part of a common work; true in the last of `ctas`,
+// Counts this CTA as done with its part of a common work; true in the last of `ctas`,
 // which sees what the others wrote, by loads past L1. `flag` in shared memory. Nobody waits.
 __device__ inline bool is_last_cta(uint32_t* tickets, uint32_t ctas, uint32_t& flag) {
   __threadfence();

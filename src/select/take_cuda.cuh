@@ -1,8 +1,8 @@
-// take_largest of pattern.h by a thread block, bit-equal: masses are integers, ties are counted in
+// take_largest of pattern.h by a CTA, bit-equal: masses are integers, ties are counted in
 // order of index.
 //   by mass    three levels of histograms as HistogramWalk has them; level 0 by warp, so that it
 //   can
-//              be made of parts by several thread blocks
+//              be made of parts by several CTAs
 //   by count   the threshold bit by bit
 #ifndef FLEXPREFILL_SRC_SELECT_TAKE_CUDA_CUH_
 #define FLEXPREFILL_SRC_SELECT_TAKE_CUDA_CUH_
@@ -19,7 +19,7 @@ namespace flexprefill {
 // Entries are what visit(begin, end, f) calls f(x) for: those of this thread among [begin, end) of
 // all, at most 2^31.
 
-// In global memory, perhaps written by other thread blocks of this launch: past L1. kAtOnce
+// In global memory, perhaps written by other CTAs of this launch: past L1. kAtOnce
 // loads are under way before the first f: what f does keeps the compiler from moving a later load
 // above it, and then a thread waits for L2 once an entry.
 template <int kThreads>
@@ -124,7 +124,7 @@ struct DescendShared {
   bool found;
 };
 
-// HistogramWalk::descend by a thread block: shared.walk goes down one level. sum(i): that of bucket
+// HistogramWalk::descend by a CTA: shared.walk goes down one level. sum(i): that of bucket
 // first + i of kBuckets; the others are empty. Begins and ends with a barrier.
 template <int kThreads, int kBuckets, typename Sum>
 __device__ bool descend_cta(int level, int first, DescendShared<kThreads>& shared, const Sum& sum) {
@@ -326,7 +326,7 @@ __device__ Taken take_count_cta(int32_t n, uint64_t limit, const Value& value, S
     return sum;
   };
   uint32_t threshold = 0;  // the largest value that more than `limit` entries reach
-#pragma unroll 1           // a thread block goes through it once: the less code, the better
+#pragma unroll 1           // a CTA goes through it once: the less code, the better
   for (int bit = 30; bit >= 0; --bit) {
     const uint32_t higher = threshold | 1u << bit;
     const int32_t reach = count(higher);

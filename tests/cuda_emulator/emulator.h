@@ -1,8 +1,8 @@
-// A CUDA device in software: kernels compiled as C++ run on the CPU, one thread block after the
+// A CUDA device in software: kernels compiled as C++ run on the CPU, one CTA after the
 // other, every thread a fiber. Threads run in a seeded random order between meeting points
 // (barriers and warp instructions), memory nobody wrote holds NaN, asynchronous copies and products
 // land as late as the instruction set allows or any time before: what is missing in a kernel shows.
-// What a kernel may not do: wait for another thread block.
+// What a kernel may not do: wait for another CTA.
 #ifndef FLEXPREFILL_TESTS_CUDA_EMULATOR_EMULATOR_H_
 #define FLEXPREFILL_TESTS_CUDA_EMULATOR_EMULATOR_H_
 
@@ -35,7 +35,7 @@ struct Settings {
 };
 // To be changed between calls only.
 Settings& settings();
-size_t shared_bytes_limit();  // a thread block may opt in to
+size_t shared_bytes_limit();  // a CTA may opt in to
 
 using Where = std::source_location;
 
@@ -161,7 +161,7 @@ struct ThreadCopies {
 };
 ThreadCopies& thread_copies();
 
-// A warpgroup's products by wgmma (wgmma.cc); made anew for every thread block.
+// A warpgroup's products by wgmma (wgmma.cc); made anew for every CTA.
 struct WarpgroupProducts;
 std::shared_ptr<WarpgroupProducts>& warpgroup_products();
 

@@ -191,7 +191,7 @@ TEST(Emulator, WriteAfterReadNeedsABarrier) {
 }
 
 // Every thread writes, then reads what the thread `distance` from it wrote: of its warp, of its
-// half of the thread block, of the other half.
+// half of the CTA, of the other half.
 enum class Meet { kWarp, kHalf, kBlock, kBlockWithoutSome };
 
 __global__ void read_at_distance(int* results, Meet meet, uint32_t distance) {

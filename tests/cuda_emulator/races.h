@@ -78,7 +78,7 @@ class Races {
   std::vector<Clock> clocks_;  // of threads; of a warpgroup, all that its products know
   std::vector<uint8_t> warp_knows_more_, knows_more_;  // than what is in the one before
   std::vector<Word> words_;
-  std::vector<uint32_t> word_blocks_;  // the thread block that a word's accesses are from
+  std::vector<uint32_t> word_blocks_;  // the CTA that a word's accesses are from
   std::string race_;
 };
 

@@ -1,4 +1,4 @@
-// Fibers, meeting points and the shared memory of one thread block.
+// Fibers, meeting points and the shared memory of one CTA.
 #include <signal.h>
 #include <sys/mman.h>
 #include <unistd.h>

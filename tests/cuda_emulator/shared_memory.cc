@@ -1,4 +1,4 @@
-// The shared memory of the one thread block that runs, between guards; who may touch it when.
+// The shared memory of the one CTA that runs, between guards; who may touch it when.
 #include <sys/mman.h>
 
 #include <algorithm>
