@@ -57,8 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--block-size", type=int, choices=(32, 64, 128), default=128)
     parser.add_argument("--samples", type=positive, default=3, help="prompts (default 3)")
-    add_prompt_arguments(parser)
-    parser.set_defaults(tokens=4096)
+    add_prompt_arguments(parser, tokens=4096)
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
     parser.add_argument("--threads", type=positive, default=0, help="default: all there are")
 

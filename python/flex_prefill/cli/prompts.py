@@ -32,12 +32,16 @@ class Prompt:
         return self.answer.casefold() in reply.casefold()
 
 
-def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+def add_prompt_arguments(parser: argparse.ArgumentParser, tokens: int | None = None) -> None:
+    """tokens: of every prompt unless said; without it a document of the user is read whole."""
     group = parser.add_argument_group("prompt")
     group.add_argument(
         "--tokens",
         type=positive,
-        help=f"length of the prompt (default {DEFAULT_TOKENS}); your own document is cut to it",
+        default=tokens,
+        help=f"length of the prompt (default {tokens or DEFAULT_TOKENS}"
+        + ("" if tokens else ", or all of your own document")
+        + "); your own document is cut to it",
     )
     group.add_argument(
         "--kind",
