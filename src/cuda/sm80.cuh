@@ -27,6 +27,12 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// A store to global memory that others may make at the same time.
+__device__ inline void store_relaxed(uint8_t* to, uint32_t value) {
+  asm volatile("st.relaxed.gpu.global.u8 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "r"(value)
+               : "memory");
+}
+
 // Starts a copy of kBytes (16, 8 or 4) from global to shared memory, both aligned to kBytes: the
 // first `bytes` (0 to kBytes) are read, the rest of the kBytes become 0. What was written can be
 // read by this thread after cp_async_wait, by others after a barrier that follows it. `global` must

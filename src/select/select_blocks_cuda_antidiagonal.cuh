@@ -169,7 +169,7 @@ __device__ inline void decide_groups(const SelectProblem& select, const BlockSco
     if (combine_groups(groups, p.pitch, i, begin, end, shared, row)) {
       keep_reaching_warp(row, i, n_kv, p.antidiagonal.threshold, task.row(select, i));
     } else {
-      select.not_finite[task.view.number] = 1;
+      select.set_not_finite(task.view.number);
     }
   }
 }

@@ -175,7 +175,7 @@ __device__ inline void decide_means(const SelectProblem& select, const BlockScor
     if (sum_warp(sum) > 0) {
       keep_above_warp(row, i, means.n_kv, rule, task.row(select, i));
     } else if (thread % 32 == 0) {
-      select.not_finite[task.view.number] = 1;
+      select.set_not_finite(task.view.number);
     }
   }
 }

@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kPooledThreads, 2)
       if (softmax_warp(row, i)) {
         keep_best_warp(row, i, sequence.n_kv, count, task.row(select, i));
       } else if (threadIdx.x % 32 == 0) {
-        select.not_finite[task.view.number] = 1;
+        select.set_not_finite(task.view.number);
       }
     }
     __syncthreads();

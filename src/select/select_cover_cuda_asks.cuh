@@ -248,7 +248,7 @@ static __global__ void __launch_bounds__(kColumnsThreads, 2)  // without the 2 i
     p.memory.rows_below[head.view.number] = 0;
   }
   if (!sum_asking_rows(p, head, asking, sequence.s_kv, shared)) {
-    if (thread == 0) select.not_finite[head.view.number] = 1;
+    if (thread == 0) select.set_not_finite(head.view.number);
     return;
   }
   // A lane has four rows; `group`: their query blocks, counted from the first asking row's.

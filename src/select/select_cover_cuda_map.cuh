@@ -329,7 +329,7 @@ __global__ void __launch_bounds__(CoverTile::kThreads, 2)
             }
           });
     } else if (threadIdx.x == 0) {
-      select.not_finite[task.view.number] = 1;
+      select.set_not_finite(task.view.number);
     }
     __syncthreads();
     if (good) {

@@ -67,24 +67,22 @@ struct MapTaken {
 __device__ inline bool always_keeps(int32_t i, int32_t j) { return j == 0 || j == i || j == i - 1; }
 
 // Writes the words of row i: keep(j), asked by all lanes for 32 blocks at a time in ascending
-// order, at most `i` of them. Every lane gets how many are kept.
+// order, at most `i` of them. It may read what the row was, of block j.
 template <typename Keep>
-__device__ inline int32_t write_cover_row(int32_t i, int32_t n, uint64_t* row, const Keep& keep) {
+__device__ inline void write_cover_row(int32_t i, int32_t n, uint64_t* row, const Keep& keep) {
   const auto lane = static_cast<int32_t>(threadIdx.x % 32);
-  int32_t count = 0;
   for (int32_t w = 0; w < (n + 63) / 64; ++w) {
     uint64_t word = 0;
     for (int half = 0; half < 2; ++half) {
       const int32_t j = 64 * w + 32 * half + lane;
       const bool kept = keep(j, j <= i) && j <= i;
       const uint32_t bits = __ballot_sync(kWholeWarp, kept ? 1 : 0);
-      count += __popc(bits);
       word |= static_cast<uint64_t>(bits) << (32 * half);
     }
+    __syncwarp();
     if (lane == 0) row[w] = word;
   }
   __syncwarp();
-  return count;
 }
 
 // limit_row, for a row that has too many blocks.

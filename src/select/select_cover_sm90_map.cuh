@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(kCoverComputeThreads, Shape::kCtas)
       const bool bad = compute_map(params, rows_parity, ring, shared);
       rows_parity ^= 1;
       if (__syncthreads_or(bad ? 1 : 0) != 0) {
-        if (thread == 0) select.not_finite[shared.task.view.number] = 1;
+        if (thread == 0) select.set_not_finite(shared.task.view.number);
       } else {
         decide_map<kCoverComputeThreads / 32>(
             select, params.cover, shared.task, shared.means,

@@ -130,6 +130,7 @@ struct SelectProblem {
   __device__ bool asks_probe(int32_t head) const {
     return audit != nullptr || kind_of(head) == HeadRule::Kind::kProbe;
   }
+  __device__ void set_not_finite(int64_t number) const { store_relaxed(not_finite + number, 1); }
 };
 
 // Whether every row begins on 16 bytes.

@@ -21,6 +21,12 @@ inline uint32_t shared_address(const void* pointer, Where where = Where::current
   return cuda_emulator::shared_address(pointer, 0, 1, "shared_address", where);
 }
 
+inline void store_relaxed(uint8_t* to, uint32_t value) {
+  cuda_emulator::instrumented_access(to, 1, cuda_emulator::Races::Kind::kAtomic);
+  const auto byte = static_cast<uint8_t>(value);
+  cuda_emulator::atomic_store(to, &byte, 1);
+}
+
 template <int kBytes>
 void cp_async(uint32_t shared, const void* global, int32_t bytes = kBytes,
               Where where = Where::current()) {
