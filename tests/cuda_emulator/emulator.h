@@ -112,7 +112,9 @@ void wait_until(const char* what, std::function<bool()> condition, Where where);
 // poisoned by the caller.
 void land_later(std::function<void()> land);
 
-// ---- Shared memory (shared_memory.cc)
+// ---- Memory (shared_memory.cc, runtime.cc)
+
+bool is_device_memory(const void* pointer);
 
 std::byte* map_memory(size_t bytes);
 void reserve_shared_memory(size_t bytes);  // of a grid

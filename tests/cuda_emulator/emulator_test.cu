@@ -224,6 +224,37 @@ TEST(Emulator, AMeetingOrdersThoseThatMeet) {
   });
 }
 
+// Global memory: pairs of lanes that swap, or a flag that all set.
+__global__ void swap_pairs(int* values, bool sync) {
+  const auto lane = static_cast<int>(threadIdx.x);
+  values[lane] = lane;
+  if (sync) __syncwarp(0x3u << (lane & ~1));
+  const int other = values[lane ^ 1];
+  if (sync) __syncwarp();
+  values[lane] = other;
+}
+__global__ void set_flag(uint8_t* flag, bool relaxed) {
+  if (relaxed) {
+    store_relaxed(flag, 1);
+  } else {
+    *flag = 1;
+  }
+}
+
+TEST(Emulator, FindsRacesOnGlobalMemory) {
+  DeviceArray<int> values(32);
+  DeviceArray<uint8_t> flag(1);
+  with_seeds([&] {
+    launch(swap_pairs, 1, 32, 0, nullptr, values.data(), true);
+    EXPECT_EQ(values.download()[6], 7);
+    EXPECT_FAILS(launch(swap_pairs, 1, 32, 0, nullptr, values.data(), false),
+                 "race on global memory");
+    launch(set_flag, 2, 64, 0, nullptr, flag.data(), true);
+    EXPECT_FAILS(launch(set_flag, 2, 64, 0, nullptr, flag.data(), false), "race on global memory");
+    launch(set_flag, 2, 1, 0, nullptr, flag.data(), false);  // CTAs are not held against each other
+  });
+}
+
 // Lanes that arrive at an mbarrier for their warp after __syncwarp, or too early.
 __global__ void arrive_for_the_warp(int* results, bool sync) {
   auto* sValues = reinterpret_cast<int*>(shared_memory());

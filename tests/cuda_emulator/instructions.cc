@@ -41,6 +41,7 @@ void cp_async(uint32_t shared, const void* global, int bytes, int source_bytes, 
          where);
   }
   check_access(to, bytes, Races::Kind::kWrite, where);
+  instrumented_access(global, source_bytes, Races::Kind::kRead);
   std::fill_n(to, bytes, kPoison);
   thread_copies().open.emplace_back([=] {
     if (source_bytes > 0) std::memcpy(to, global, source_bytes);

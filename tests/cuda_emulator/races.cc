@@ -1,8 +1,57 @@
 #include "cuda_emulator/races.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace cuda_emulator {
+
+void Races::DenseWords::start_block(size_t words) {
+  ++block_;
+  words_.resize(std::max(words_.size(), words));
+  blocks_.resize(words_.size(), 0);
+}
+
+Races::Word& Races::DenseWords::operator[](size_t number) {
+  if (std::exchange(blocks_[number], block_) != block_) words_[number] = {};
+  return words_[number];
+}
+
+void Races::SparseWords::start_block() {
+  ++block_;
+  taken_ = 0;
+}
+
+// The word's slot, or the one that it would take.
+size_t Races::SparseWords::find(size_t number) const {
+  const size_t mask = slots_.size() - 1;
+  size_t at = number * 0x9e3779b97f4a7c15 >> 20 & mask;
+  while (slots_[at].block == block_ && slots_[at].number != number) at = (at + 1) & mask;
+  return at;
+}
+
+Races::Word& Races::SparseWords::operator[](size_t number) {
+  if (2 * taken_ >= slots_.size()) grow();
+  const size_t at = find(number);
+  if (slots_[at].block != block_) {
+    slots_[at] = {number, block_};
+    words_[at] = {};
+    ++taken_;
+  }
+  return words_[at];
+}
+
+void Races::SparseWords::grow() {
+  const size_t size = std::max<size_t>(1024, 2 * slots_.size());
+  const std::vector<Slot> slots = std::exchange(slots_, std::vector<Slot>(size));
+  const std::vector<Word> words = std::exchange(words_, std::vector<Word>(size));
+  for (size_t i = 0; i < slots.size(); ++i) {
+    if (slots[i].block != block_) continue;
+    const size_t at = find(slots[i].number);
+    slots_[at] = slots[i];
+    words_[at] = words[i];
+  }
+}
+
 void Races::join(Clock& to, const Clock& from) {
   if (to.size() < from.size()) to.resize(from.size(), 0);
   for (size_t i = 0; i < from.size(); ++i) to[i] = std::max(to[i], from[i]);
@@ -10,7 +59,6 @@ void Races::join(Clock& to, const Clock& from) {
 
 void Races::start_block(int threads, size_t shared_bytes) {
   threads_ = threads;
-  ++block_;
   const int warps = (threads + 31) / 32, all = threads + (threads + 127) / 128;
   const auto clear = [all](std::vector<Clock>& clocks, int n) {
     clocks.resize(n);
@@ -23,22 +71,29 @@ void Races::start_block(int threads, size_t shared_bytes) {
   std::fill_n(time_.begin(), threads, 1);
   warp_knows_more_.assign(warps, 0);
   knows_more_.assign(threads, 0);
-  const size_t words = std::max(words_.size(), (shared_bytes + 3) / 4);
-  words_.resize(words);
-  word_blocks_.resize(words, 0);
+  shared_.start_block((shared_bytes + 3) / 4);
+  global_.start_block();
 }
 
-bool Races::access(int thread, size_t offset, size_t bytes, Kind kind, uint32_t line) {
+bool Races::access(int thread, Memory memory, size_t offset, size_t bytes, Kind kind,
+                   uint32_t line) {
   const uint64_t mine = static_cast<uint64_t>(kind) | static_cast<uint64_t>(thread) << 6 |
                         uint64_t{line & 32767} << 17 | uint64_t{time_[thread]} << 32;
+  const bool shared = memory == Memory::kShared;
+  if (shared ? access_words(shared_, offset, bytes, mine)
+             : access_words(global_, offset, bytes, mine)) {
+    return true;
+  }
+  race_ = (shared ? "race on shared memory: " : "race on global memory: ") + race_;
+  return false;
+}
+
+template <typename Words>
+bool Races::access_words(Words& words, size_t offset, size_t bytes, uint64_t mine) {
   for (size_t byte = offset; byte < offset + bytes;) {
     const size_t end = std::min(byte / 4 * 4 + 4, offset + bytes);
     const uint64_t mask = ((1U << (end - byte)) - 1) << byte % 4;
-    if (word_blocks_[byte / 4] != block_) {
-      word_blocks_[byte / 4] = block_;
-      words_[byte / 4] = {};
-    }
-    if (!access_word(words_[byte / 4], {mine | mask << 2})) {
+    if (!access_word(words[byte / 4], {mine | mask << 2})) {
       race_ += ", byte " + std::to_string(byte);
       return false;
     }
@@ -87,8 +142,7 @@ void Races::describe(Access earlier, Kind kind) {
     return what == Kind::kRead ? "read" : what == Kind::kWrite ? "write" : "atomic operation";
   };
   const int by = earlier.thread();
-  race_ = std::string("race on shared memory: a ") + name(kind) + " and a " + name(earlier.kind()) +
-          " by " +
+  race_ = std::string("a ") + name(kind) + " and a " + name(earlier.kind()) + " by " +
           (by < threads_ ? "thread " + std::to_string(by)
                          : "wgmma of warpgroup " + std::to_string(by - threads_)) +
           " after line " + std::to_string(earlier.line());

@@ -1,8 +1,8 @@
-// Finds data races on shared memory: two accesses, one of them a write, that no barrier, __syncwarp
-// or mbarrier puts in an order, whatever order the threads happened to run in. Every thread has a
-// vector clock, as has every warpgroup for what its wgmma read; every word of shared memory
-// remembers its latest accesses. Plain loads and stores come from the compiler's instrumentation
-// (-fsanitize=thread, without its run-time library).
+// Finds data races within a CTA, on shared and on global memory: two accesses, one of them a write,
+// that no barrier, __syncwarp or mbarrier puts in an order, whatever order the threads happened to
+// run in. Every thread has a vector clock, as has every warpgroup for what its wgmma read; every
+// word of memory remembers its latest accesses. Plain loads and stores come from the compiler's
+// instrumentation (-fsanitize=thread, without its run-time library).
 #ifndef FLEXPREFILL_TESTS_CUDA_EMULATOR_RACES_H_
 #define FLEXPREFILL_TESTS_CUDA_EMULATOR_RACES_H_
 
@@ -22,8 +22,10 @@ class Races {
   void start_block(int threads, size_t shared_bytes);
   int warpgroup(int thread) const { return threads_ + thread / 128; }
 
-  // False: in a race, which `race` describes. `line`: where the thread last was, for the message.
-  bool access(int thread, size_t offset, size_t bytes, Kind kind, uint32_t line);
+  enum class Memory : uint8_t { kShared, kGlobal };
+  // False: in a race, which `race` describes. `offset`: in shared memory; of global memory the
+  // address. `line`: where the thread last was, for the message.
+  bool access(int thread, Memory memory, size_t offset, size_t bytes, Kind kind, uint32_t line);
   const std::string& race() const { return race_; }
 
   // What the thread did so far happened before whatever acquires `to` from now on.
@@ -59,6 +61,38 @@ class Races {
     Access accesses[kRemembered];  // a kNone ends them
   };
 
+  // Words of a CTA's shared memory, or of all addresses: those that it touched, by their number.
+  class DenseWords {
+   public:
+    void start_block(size_t words);
+    Word& operator[](size_t number);
+
+   private:
+    uint32_t block_ = 0;
+    std::vector<Word> words_;
+    std::vector<uint32_t> blocks_;  // the CTA that a word's accesses are from
+  };
+  class SparseWords {
+   public:
+    void start_block();
+    Word& operator[](size_t number);
+
+   private:
+    struct Slot {
+      size_t number = 0;
+      uint32_t block = 0;
+    };
+    size_t find(size_t number) const;
+    void grow();
+
+    uint32_t block_ = 0;
+    size_t taken_ = 0;
+    std::vector<Slot> slots_;  // a power of two, of which half is taken at most
+    std::vector<Word> words_;
+  };
+
+  template <typename Words>
+  bool access_words(Words& words, size_t offset, size_t bytes, uint64_t mine);
   bool access_word(Word& word, Access mine);
   void describe(Access earlier, Kind kind);
   // What is in `clocks_[thread]` and `warp_clocks_` moves to `to`, which all that have it know.
@@ -66,7 +100,6 @@ class Races {
   void take_warp(int warp, Clock& to);
 
   int threads_ = 0;
-  uint32_t block_ = 0;
   uint32_t turn_ = 0;
   // A thread's vector clock is the maximum of three, so that meetings of a warp or the block need
   // not touch a vector for each thread: what all threads know, what all of its warp know, and what
@@ -77,8 +110,8 @@ class Races {
   std::vector<Clock> warp_clocks_;
   std::vector<Clock> clocks_;  // of threads; of a warpgroup, all that its products know
   std::vector<uint8_t> warp_knows_more_, knows_more_;  // than what is in the one before
-  std::vector<Word> words_;
-  std::vector<uint32_t> word_blocks_;  // the CTA that a word's accesses are from
+  DenseWords shared_;
+  SparseWords global_;
   std::string race_;
 };
 

@@ -210,6 +210,8 @@ cudaError_t attribute(int* value, cudaDeviceAttr name) {
 
 }  // namespace
 
+bool is_device_memory(const void* pointer) { return memory().is_device(pointer); }
+
 void on_stream(cudaStream_t stream, std::function<void()> work) {
   if (stream != nullptr && stream->captures != nullptr) {
     stream->captures->work.push_back(std::move(work));

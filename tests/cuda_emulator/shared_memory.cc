@@ -97,17 +97,24 @@ void check_access(const void* data, size_t bytes, Races::Kind kind, Where where,
   if (!settings().find_races) return;
   const int thread = thread_number();
   Races& races = shared.races;
+  const bool global = is_device_memory(data);
+  const auto address = reinterpret_cast<uintptr_t>(data);
   if (!races.access(by == By::kThread ? thread : races.warpgroup(thread),
-                    static_cast<const std::byte*>(data) - shared.data, bytes, kind,
-                    last_place().line())) {
+                    global ? Races::Memory::kGlobal : Races::Memory::kShared,
+                    global ? address : address - reinterpret_cast<uintptr_t>(shared.data), bytes,
+                    kind, last_place().line())) {
     fail(races.race() + "; this thread was last in", where);
   }
 }
 
 void instrumented_access(const void* data, size_t bytes, Races::Kind kind) {
+  if (!in_thread()) return;
   const auto offset = reinterpret_cast<uintptr_t>(data) - reinterpret_cast<uintptr_t>(shared.data);
-  if (offset >= shared.bytes || !in_thread()) return;
-  check_access(data, std::min(bytes, shared.bytes - offset), kind, last_place());
+  if (offset < shared.bytes) {
+    check_access(data, std::min(bytes, shared.bytes - offset), kind, last_place());
+  } else if (is_device_memory(data)) {
+    check_access(data, bytes, kind, last_place());
+  }
 }
 
 void atomic_load(void* to, const void* address, size_t bytes) {
