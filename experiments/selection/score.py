@@ -187,13 +187,12 @@ def main() -> None:
     p.add_argument("--samples", type=int, default=10**6, help="of each kind and length")
     p.add_argument("--rounds", type=int, default=10**6)
     p.add_argument("--seconds", type=float, default=math.inf)
+    p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     p.add_argument("--out", type=Path, required=True)
     a = p.parse_args()
     start = time.monotonic()
     on_gpu = torch.cuda.is_available()
-    model = lm.Model(
-        a.model, "cuda" if on_gpu else "cpu", torch.bfloat16 if on_gpu else torch.float32
-    )
+    model = lm.Model(a.model, "cuda" if on_gpu else "cpu", getattr(torch, a.dtype))
     variants = rules.read_variants(a.variants)
     tasks = [
         (prompt, answer, entry | {"id": i})
