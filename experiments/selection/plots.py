@@ -230,9 +230,12 @@ def main() -> None:
         "block_cover:gamma=.85": "block_cover, .85",
         "block_cover": "**block_cover, .9 (default)**",
         "block_cover:gamma=.93": "block_cover, .93",
+        "block_cover:gamma=.95": "block_cover, .95",
+        "block_cover:gamma=.97": "block_cover, .97",
         "block_cover:column_share=0": "block_cover, .9, no columns",
     }
     put(PAGE, "test", score_table(test, names))
+    put(PAGE, "smollm2", score_table(load("smollm2-135m_test"), names))
     base = "map:decide=cal,g=.85,crows=64,rows=64,use=last"
     tried = {
         "dense": "dense",
