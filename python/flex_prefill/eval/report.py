@@ -131,7 +131,7 @@ def plot(rows: Rows, folder: Path) -> list[Path]:
         figure, panels = plt.subplots(
             1,
             len(suites),
-            figsize=(5.4 * len(suites) + 1.2, 4.0),
+            figsize=(5.4 * len(suites) + 4.0, 4.0),
             layout="constrained",
             squeeze=False,
         )
@@ -149,11 +149,16 @@ def plot(rows: Rows, folder: Path) -> list[Path]:
                     color=_COLOURS[i % len(_COLOURS)],
                     marker=_MARKERS[i % len(_MARKERS)],
                     markersize=6,
+                    # Beyond the last colour again from the first, hollow.
+                    fillstyle="full" if i < len(_COLOURS) else "none",
                     linestyle="-" if kind == "accuracy" else ":",
                     linewidth=1.6 if kind == "accuracy" else 0.8,
                 )
                 if kind == "pareto":
+                    ends = {p["length"] for p in (points[0], points[-1])}
                     for point, px, py in zip(points, x, y, strict=True):
+                        if point["length"] not in ends:
+                            continue
                         axes.annotate(
                             short(point["length"]),
                             (px, py),
@@ -175,7 +180,14 @@ def plot(rows: Rows, folder: Path) -> list[Path]:
             axes.grid(color="#dddddd", linewidth=0.7)
             axes.set_axisbelow(True)
             axes.spines[["top", "right"]].set_visible(False)
-        panels[0][0].legend(frameon=False, fontsize=8)
+        lines = dict(
+            pair[::-1]
+            for axes in panels[0]
+            for pair in zip(*axes.get_legend_handles_labels(), strict=True)
+        )
+        figure.legend(
+            lines.values(), lines.keys(), loc="outside right center", frameon=False, fontsize=8
+        )
         paths.append(folder / f"{kind}.png")
         picture = io.BytesIO()
         figure.savefig(picture, dpi=110)
