@@ -195,12 +195,15 @@ class CoverOracle {
   std::vector<int64_t> asking_block;
   std::vector<Numbers> map;  // [n_q][n]
 
-  // Relative error of the map's entries. CUDA has means rounded to the element type, and entries of
-  // 11 bits.
+  // Relative error of the map's entries. All but the reference have means rounded to the element
+  // type, CUDA has entries of 11 bits.
   double map_slack(const Execution& execution) const {
-    if (!is_cuda(execution.backend)) return slack;
-    const double rounding = data_.c.dtype == DType::kBFloat16 ? 0x1p-9 : 0x1p-12;
-    return slack + 4 * rounding * largest_logit + 0x1p-11;
+    const DType dtype = data_.c.dtype;
+    if (execution.backend == Backend::kReference) return slack;
+    if (dtype == DType::kFloat32) return slack;
+    const double rounding = dtype == DType::kBFloat16 ? 0x1p-9 : 0x1p-12;
+    const double entries = is_cuda(execution.backend) ? 0x1p-11 : 0;
+    return slack + 4 * rounding * largest_logit + entries;
   }
 
   // What a row without max_budget must and may keep.

@@ -5,8 +5,9 @@
 //   columns   shares of the blocks, their maxima, the columns         task: head
 //   map       means of queries by means of keys, a decision a row     task: head, panel of means
 //   audit     density and kept mass                                   task: head
-// K is read once, in tiles of 128 keys. A row of the map lives in its worker's memory and is
-// decided at once: no map of a head is ever in memory. Nothing depends on the number of threads.
+// K is read once, in tiles of 128 keys. Means have the inputs' element type, as on a GPU, so that
+// their products are as fast as the asking rows'. A row of the map lives in its worker's memory and
+// is decided at once: no map of a head is ever in memory. Nothing depends on the number of threads.
 #include "select/select_cover_cpu.h"
 
 #include <algorithm>
@@ -47,11 +48,11 @@ struct WaveSize {
   int64_t pools = 0, pool_tiles = 0;  // means of keys, and tiles of them
 };
 
-// What each worker has for itself. panel: of the fp32 table.
+// What each worker has for itself.
 struct WorkerBuffers {
   std::byte* keys;    // TileOps' operand
   float* tile;        // [kTile, panel]
-  std::byte* rows;    // asking rows [kCoverAskingRows, d], or means [panel, d] floats
+  std::byte* rows;    // asking rows [kCoverAskingRows, d], or means [panel, d]
   std::byte* packed;  // one panel of means
   float* max;         // [n_kv, panel]
   float* share;       // [n_kv, panel]
@@ -64,12 +65,12 @@ struct WorkerBuffers {
 // All scratch of a call, sized for its largest wave. heads, kv: of a wave; lanes: of all panels.
 struct Buffers {
   Buffers(Arena& arena, const Problem& problem, const Pattern& pattern, const TileOps& tiles,
-          const TileOps& tiles32, int workers_)
+          int workers_)
       : workers(workers_),
         panels(ceil_div(kCoverAskingRows, tiles.panel)),
         lanes(panels * tiles.panel),
         packed_head(panels * static_cast<int64_t>(tiles.packed_q_bytes(problem.d_qk))),
-        tile_bytes(static_cast<int64_t>(tiles32.key_bytes(problem.d_qk))) {
+        tile_bytes(static_cast<int64_t>(tiles.key_bytes(problem.d_qk))) {
     int64_t heads = 0, head_blocks = 0, blocks = 0, pools = 0, pool_tiles = 0;
     for (int64_t s = 0; s < problem.b(); ++s) {
       if (stays_dense(problem.lengths[s], problem.block_size, pattern)) continue;
@@ -81,7 +82,8 @@ struct Buffers {
       pool_tiles = std::max(pool_tiles, wave.kv_heads * wave.pool_tiles);
     }
     if (heads == 0) return;
-    const int64_t row_words = ceil_div(blocks, 64), d = problem.d_qk;
+    const int64_t row_words = ceil_div(blocks, 64);
+    const auto row_bytes = static_cast<int64_t>(problem.d_qk * element_size(problem.dtype));
     packed = arena.take<std::byte>(heads * packed_head);
     max = arena.take<float>(head_blocks * lanes);
     share = arena.take<float>(head_blocks * lanes);
@@ -90,17 +92,17 @@ struct Buffers {
     is_dense = arena.take<uint8_t>(heads);
     least_share = arena.take<uint32_t>(heads);
     rows_below = arena.take<int32_t>(heads);
-    k_means = arena.take<float>(pools * d);
+    k_means = arena.take<std::byte>(pools * row_bytes);
     k_tiles = arena.take<std::byte>(pool_tiles * tile_bytes);
     per_worker = arena.take<WorkerBuffers>(workers);
     for (int w = 0; w < workers; ++w) {
       const WorkerBuffers buffers{
           .keys = arena.take<std::byte>(tiles.key_bytes(problem.d_qk)),
-          .tile = arena.take<float>(kTile * std::max(tiles.panel, tiles32.panel)),
-          .rows = arena.take<std::byte>(kCoverAskingRows * d * sizeof(float)),
-          .packed = arena.take<std::byte>(tiles32.packed_q_bytes(problem.d_qk)),
-          .max = arena.take<float>(blocks * tiles32.panel),
-          .share = arena.take<float>(blocks * tiles32.panel),
+          .tile = arena.take<float>(kTile * tiles.panel),
+          .rows = arena.take<std::byte>(kCoverAskingRows * row_bytes),
+          .packed = arena.take<std::byte>(tiles.packed_q_bytes(problem.d_qk)),
+          .max = arena.take<float>(blocks * tiles.panel),
+          .share = arena.take<float>(blocks * tiles.panel),
           .row = arena.take<float>(blocks),
           .scratch = arena.take<float>(blocks),
           .words = arena.take<uint64_t>(2 * row_words),
@@ -123,7 +125,7 @@ struct Buffers {
   uint8_t* is_dense = nullptr;      // [heads]: for a number that is not finite
   uint32_t* least_share = nullptr;  // [heads]: bits of HeadAudit::least_row_mass
   int32_t* rows_below = nullptr;    // [heads]
-  float* k_means = nullptr;         // [kv, pools, d]
+  std::byte* k_means = nullptr;     // [kv, pools, d] elements
   std::byte* k_tiles = nullptr;     // [kv, pool_tiles, tile_bytes]: the same as TileOps' operands
   WorkerBuffers* per_worker = nullptr;
 };
@@ -132,12 +134,10 @@ struct Buffers {
 class CoverWave {
  public:
   CoverWave(const Problem& problem, const BlockCover& pattern, const TileOps& tiles,
-            const TileOps& tiles32, const Buffers& buffers, const BlockBits& bits, int64_t sequence,
-            int32_t first_kv)
+            const Buffers& buffers, const BlockBits& bits, int64_t sequence, int32_t first_kv)
       : problem_(problem),
         rule_(block_cover_rule(pattern, problem.block_size)),
         tiles_(tiles),
-        tiles32_(tiles32),
         ops_(select_ops(tiles.target)),
         buffers_(buffers),
         bits_(bits),
@@ -187,12 +187,15 @@ class CoverWave {
   }
   int64_t words() const { return BlockBits::words_per_row(grid_); }
   int64_t per_block() const { return problem_.block_size / kCoverPool; }  // means of a block
-  int64_t blocks_per_panel() const { return tiles32_.panel / per_block(); }
+  int64_t blocks_per_panel() const { return tiles_.panel / per_block(); }
   int64_t asking_block(int64_t k) const {
     return (position_ + asking_.row(k)) / problem_.block_size;
   }
-  float* k_means(int64_t kv) const {
-    return buffers_.k_means + kv * size_.pools * static_cast<int64_t>(problem_.d_qk);
+  int64_t row_bytes() const {
+    return static_cast<int64_t>(problem_.d_qk * element_size(problem_.dtype));
+  }
+  std::byte* k_mean(int64_t kv, int64_t pool) const {
+    return buffers_.k_means + (kv * size_.pools + pool) * row_bytes();
   }
   std::byte* k_tile(int64_t kv, int64_t tile) const {
     return buffers_.k_tiles + (kv * size_.pool_tiles + tile) * buffers_.tile_bytes;
@@ -206,10 +209,9 @@ class CoverWave {
     buffers_.least_share[h] = std::bit_cast<uint32_t>(1.0f);
     buffers_.rows_below[h] = 0;
     const RowView q = problem_.q(sequence_, q_head(h));
-    const auto row_bytes = static_cast<int64_t>(problem_.d_qk * element_size(problem_.dtype));
     const auto panel_bytes = static_cast<int64_t>(tiles_.packed_q_bytes(problem_.d_qk));
     for (int64_t k = 0; k < asking_.count; ++k) {
-      std::memcpy(worker.rows + k * row_bytes, q.row(asking_.row(k)), row_bytes);
+      std::memcpy(worker.rows + k * row_bytes(), q.row(asking_.row(k)), row_bytes());
     }
     for (int64_t p = 0; p < buffers_.panels; ++p) {
       const int64_t first = p * tiles_.panel;
@@ -218,7 +220,7 @@ class CoverWave {
       if (n == 0) {
         std::memset(to, 0, panel_bytes);
       } else {
-        tiles_.pack_q(worker.rows + first * row_bytes, row_bytes, static_cast<int>(n),
+        tiles_.pack_q(worker.rows + first * row_bytes(), row_bytes(), static_cast<int>(n),
                       problem_.d_qk, to);
       }
     }
@@ -237,13 +239,20 @@ class CoverWave {
         j += run;
       }
       for (int64_t first = begin; first < begin + n; first += kCoverPool) {
-        mean_rows(ops_, k, {first, std::min(first + kCoverPool, begin + n)}, problem_.d_qk,
-                  problem_.dtype, k_means(kv) + first / kCoverPool * problem_.d_qk);
+        pool(k, {first, std::min(first + kCoverPool, begin + n)}, k_mean(kv, first / kCoverPool));
       }
       for (int64_t g = 0; g < problem_.group(); ++g) {
         add_tile(worker, kv * problem_.group() + g, begin, n);
       }
     }
+  }
+
+  // The mean of `rows`, rounded to the inputs' element type.
+  void pool(const RowView& view, RowRange rows, std::byte* to) const {
+    float mean[TileOps::kMaxHeadDim];
+    mean_rows(ops_, view, rows, problem_.d_qk, problem_.dtype, mean);
+    const auto size = static_cast<int64_t>(element_size(problem_.dtype));
+    for (int32_t c = 0; c < problem_.d_qk; ++c) store_float(to + c * size, problem_.dtype, mean[c]);
   }
 
   // The blocks of a tile of keys, for all asking rows of head h. (Lanes beyond them count as rows
@@ -292,16 +301,14 @@ class CoverWave {
   void load_means(int64_t task) const {
     const int64_t kv = task / size_.pool_tiles, tile = task % size_.pool_tiles;
     const int64_t n = std::min(kTile, size_.pools - tile * kTile);
-    const float* means = k_means(kv) + tile * kTile * problem_.d_qk;
-    tiles32_.load_keys(reinterpret_cast<const std::byte*>(means),
-                       static_cast<int64_t>(problem_.d_qk * sizeof(float)), static_cast<int>(n), 0,
-                       problem_.d_qk, k_tile(kv, tile));
+    tiles_.load_keys(k_mean(kv, tile * kTile), row_bytes(), static_cast<int>(n), 0, problem_.d_qk,
+                     k_tile(kv, tile));
   }
 
   // Query blocks of one panel of means; a lane is a mean.
   void map(const WorkerBuffers& worker, int64_t h, int64_t panel_number) const {
     if (std::atomic_ref(buffers_.is_dense[h]).load(std::memory_order_relaxed) != 0) return;
-    const int panel = tiles32_.panel;
+    const int panel = tiles_.panel;
     const int64_t first_row = panel_number * blocks_per_panel();
     const int64_t n_rows = std::min(blocks_per_panel(), grid_.n_q - first_row);
     const int64_t first_pool = (grid_.first_q_block + first_row) * per_block();
@@ -311,8 +318,8 @@ class CoverWave {
     const int64_t n_pools = std::min(first_pool + n_rows * per_block(), size_.pools);
     for (int64_t begin = 0; begin < n_pools; begin += kTile) {
       const int64_t n = std::min(kTile, n_pools - begin);
-      tiles32_.scores(worker.packed, k_tile(kv_of(h), begin / kTile), 0, static_cast<int>(n),
-                      problem_.d_qk, worker.tile);
+      tiles_.scores(worker.packed, k_tile(kv_of(h), begin / kTile), 0, static_cast<int>(n),
+                    problem_.d_qk, worker.tile);
       const bool masked = begin + n - 1 > first_pool;
       for (int l = 0; masked && l < panel; ++l) {
         const int64_t seen = first_pool + l - begin + 1;
@@ -346,10 +353,8 @@ class CoverWave {
   void pool_queries(const WorkerBuffers& worker, int64_t h, int64_t first_row, int64_t n_rows,
                     float* weight) const {
     const RowView q = problem_.q(sequence_, q_head(h));
-    const int64_t d = problem_.d_qk;
-    auto* means = reinterpret_cast<float*>(worker.rows);
-    std::fill_n(means, tiles32_.panel * d, 0.0f);
-    std::fill_n(weight, tiles32_.panel, 0.0f);
+    std::memset(worker.rows, 0, tiles_.panel * row_bytes());
+    std::fill_n(weight, tiles_.panel, 0.0f);
     for (int64_t r = 0; r < n_rows; ++r) {
       const RowRange block = q_block_rows(lengths_, grid_, problem_.block_size, first_row + r);
       const int64_t first_token =
@@ -361,18 +366,17 @@ class CoverWave {
         const int64_t lane = r * per_block() + a;
         weight[lane] =
             static_cast<float>(end - begin) / static_cast<float>(block.end - block.begin);
-        mean_rows(ops_, q, {begin, end}, problem_.d_qk, problem_.dtype, means + lane * d);
+        pool(q, {begin, end}, worker.rows + lane * row_bytes());
       }
     }
-    tiles32_.pack_q(worker.rows, static_cast<int64_t>(d * sizeof(float)), tiles32_.panel,
-                    problem_.d_qk, worker.packed);
+    tiles_.pack_q(worker.rows, row_bytes(), tiles_.panel, problem_.d_qk, worker.packed);
   }
 
   // Row q_row of head h from the shares of the lanes from `lane` on.
   void decide(const WorkerBuffers& worker, int64_t h, int64_t q_row, int64_t lane) const {
     const int64_t i = grid_.first_q_block + q_row;
     for (int64_t j = 0; j <= i; ++j) {
-      const float* share = worker.share + j * tiles32_.panel + lane;
+      const float* share = worker.share + j * tiles_.panel + lane;
       float sum = share[0];
       for (int64_t a = 1; a < per_block(); ++a) sum += share[a];
       worker.row[j] = sum;
@@ -417,8 +421,7 @@ class CoverWave {
 
   const Problem& problem_;
   BlockCoverRule rule_;
-  const TileOps& tiles_;    // of the inputs' type
-  const TileOps& tiles32_;  // of float, for means
+  const TileOps& tiles_;
   const SelectOps& ops_;
   const Buffers& buffers_;
   const BlockBits& bits_;
@@ -437,9 +440,8 @@ class CoverWave {
 void select_cover_cpu(const Problem& problem, const BlockCover& pattern, const Execution& execution,
                       Arena& arena, const BlockBits& bits, std::span<HeadAudit> audit) {
   const TileOps& tiles = tile_ops(execution.cpu_target, problem.dtype);
-  const TileOps& tiles32 = tile_ops(execution.cpu_target, DType::kFloat32);
   const int workers = worker_count(execution);
-  const Buffers buffers(arena, problem, pattern, tiles, tiles32, workers);
+  const Buffers buffers(arena, problem, pattern, tiles, workers);
   if (arena.counting()) return;
   for (int64_t s = 0; s < problem.b(); ++s) {
     const std::span<HeadAudit> heads =
@@ -450,7 +452,7 @@ void select_cover_cpu(const Problem& problem, const BlockCover& pattern, const E
       continue;
     }
     for (int32_t kv = 0; kv < problem.h_kv; kv += WaveSize(problem, s, workers).kv_heads) {
-      CoverWave(problem, pattern, tiles, tiles32, buffers, bits, s, kv).run(heads);
+      CoverWave(problem, pattern, tiles, buffers, bits, s, kv).run(heads);
     }
   }
 }

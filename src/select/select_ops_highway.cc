@@ -172,15 +172,31 @@ void block_shares(const float* max, int64_t n, int lanes, const float* weight, f
   }
 }
 
-template <DType kType>
-void add_rows_as(const std::byte* rows, int64_t stride, int64_t n, int d, float* sums) {
+// Columns [first, first + kParts * kPart), whose sums stay in registers: what is left to wait for
+// is the rows, and many of them are under way at once.
+template <DType kType, int kParts>
+void add_columns(const std::byte* rows, int64_t stride, int64_t n, int first, float* sums) {
   const Part part;
+  hn::Vec<Part> sum[kParts];
+  for (int p = 0; p < kParts; ++p) sum[p] = hn::LoadU(part, sums + first + p * kPart);
   for (int64_t i = 0; i < n; ++i) {
-    for (int c = 0; c < d; c += kPart) {
-      const auto x = load_part<kType>(rows + i * stride + c * kElementSize<kType>);
-      hn::StoreU(hn::Add(hn::LoadU(part, sums + c), x), part, sums + c);
+    const std::byte* row = rows + i * stride + first * kElementSize<kType>;
+    for (int p = 0; p < kParts; ++p) {
+      sum[p] = hn::Add(sum[p], load_part<kType>(row + p * kPart * kElementSize<kType>));
     }
   }
+  for (int p = 0; p < kParts; ++p) hn::StoreU(sum[p], part, sums + first + p * kPart);
+}
+
+template <DType kType>
+void add_rows_as(const std::byte* rows, int64_t stride, int64_t n, int d, float* sums) {
+  // What registers hold: there are 16 of them below AVX-512.
+  constexpr int kParts = HWY_ARCH_X86 && HWY_TARGET > HWY_AVX3 ? 8 : 16;
+  int c = 0;
+  for (; c + kParts * kPart <= d; c += kParts * kPart) {
+    add_columns<kType, kParts>(rows, stride, n, c, sums);
+  }
+  for (; c < d; c += kPart) add_columns<kType, 1>(rows, stride, n, c, sums);
 }
 
 void add_rows(const std::byte* rows, int64_t stride, int64_t n, int d, DType dtype, float* sums) {
