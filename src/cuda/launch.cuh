@@ -48,6 +48,16 @@ void launch(bool overlapped, void (*kernel)(Parameters...), dim3 grid, dim3 bloc
 
 }  // namespace launch_detail
 
+// For a kernel without shared memory beside which one with much of it is to run: a multiprocessor
+// divides its memory into L1 and shared anew only when it is empty.
+template <typename... Parameters>
+void leave_shared_memory(void (*kernel)(Parameters...)) {
+  cuda_check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                  cudaFuncAttributePreferredSharedMemoryCarveout,
+                                  cudaSharedmemCarveoutMaxShared),
+             "shared memory beside a kernel");
+}
+
 // `shared_bytes` may be up to the device's opt-in limit.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
@@ -70,6 +80,14 @@ __device__ inline void await_previous_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+// In the place of await_previous_kernel(), of a kernel that runs beside the one before it: that one
+// calls start_next_kernel() after it has awaited all that came before, and the two touch nothing
+// that the other one writes. It is enough that one CTA ends after it; the last one, which is not
+// kept waiting for long.
+__device__ inline void await_kernel_beside() {
+  if (blockIdx.x + 1 == gridDim.x) await_previous_kernel();
 }
 
 // After await_previous_kernel(), or else the next kernel but one could meet this one.

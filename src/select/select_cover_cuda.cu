@@ -28,29 +28,25 @@ constexpr int64_t kResident = 2;  // CTAs of the large kernels on a multiprocess
 
 // ---- Means --------------------------------------------------------------------------------------
 
-constexpr int kPoolMeansThreads = 256;
+constexpr int kPoolMeansThreads = 128;
+constexpr int64_t kPoolMeansCtas = 6;        // of a multiprocessor
+constexpr int64_t kPoolMeansCtasBeside = 2;  // where the asking rows' CTAs are to fit, too
 
 // Numbers of means, some of them gaps: first those of keys, then those of queries.
 struct PoolMeans {
-  int64_t keys, queries;
+  int32_t keys, queries;
   int32_t keys_of_head, queries_of_head;
 };
 
-// A warp a mean: each element of K and of Q is read once, from memory, which bounds it.
+// A warp: one mean.
 template <typename Element>
-__global__ void __launch_bounds__(kPoolMeansThreads)
-    pool_means_kernel(const __grid_constant__ SelectProblem select,
-                      const __grid_constant__ CoverParams p, const PoolMeans means) {
-  await_previous_kernel();
-  start_next_kernel();
+__device__ inline void pool_mean(const SelectProblem& select, const CoverParams& p,
+                                 const PoolMeans& means, int32_t number) {
   const DeviceProblem& problem = select.problem;
-  int64_t number = int64_t{blockIdx.x} * (kPoolMeansThreads / 32) + threadIdx.x / 32;
-  if (number >= means.keys + means.queries) return;
   const bool of_keys = number < means.keys;
   if (!of_keys) number -= means.keys;
   const int32_t each = of_keys ? means.keys_of_head : means.queries_of_head;
-  const auto nth = static_cast<int32_t>(number % each);
-  const auto head = static_cast<int32_t>(number / each);
+  const int32_t nth = number % each, head = number / each;
   const int32_t heads = of_keys ? problem.h_kv : problem.h_q;
   const int32_t s = head / heads, h = head % heads;
   const DeviceSequence& sequence = problem.sequences[s];
@@ -82,6 +78,24 @@ __global__ void __launch_bounds__(kPoolMeansThreads)
   pool_rows_warp<Element>(
       to - from, problem.d_qk, of_keys ? select.k_aligned : select.q_aligned,
       [&](int32_t i) { return rows + i * stride; }, store);
+}
+
+// A warp a mean, in turns: each element of K and of Q is read once, from memory, which bounds it.
+// All CTAs are there at once. On Hopper they leave room, so the asking rows' products run
+// meanwhile: of a quarter's 512 x 32 registers two of these warps take 2 x 80 and three of
+// cover_asks_sm90_kernel's 3 x 96.
+template <typename Element>
+__global__ void __launch_bounds__(kPoolMeansThreads, kPoolMeansCtas)
+    pool_means_kernel(const __grid_constant__ SelectProblem select,
+                      const __grid_constant__ CoverParams p, const PoolMeans means) {
+  await_previous_kernel();
+  start_next_kernel();
+  constexpr int32_t kWarps = kPoolMeansThreads / 32;
+#pragma unroll 1
+  for (uint32_t number = blockIdx.x * kWarps + threadIdx.x / 32;
+       number < static_cast<uint32_t>(means.keys + means.queries); number += gridDim.x * kWarps) {
+    pool_mean<Element>(select, p, means, static_cast<int32_t>(number));
+  }
 }
 
 // ---- The audit ----------------------------------------------------------------------------------
@@ -179,11 +193,17 @@ void launch_all(const Problem& problem, const SelectProblem& select, CoverParams
   PoolMeans means{};
   means.keys_of_head = select.problem.max_n_kv * p.per_block;
   means.queries_of_head = select.problem.max_n_q * p.per_block;
-  means.keys = static_cast<int64_t>(select.problem.b) * problem.h_kv * means.keys_of_head;
-  means.queries = heads * means.queries_of_head;
-  launch_overlapped(pool_means_kernel<Element>,
-                    dim3(grid_of(ceil_div(means.keys + means.queries, kPoolMeansThreads / 32))),
-                    dim3(kPoolMeansThreads), 0, stream, select, p, means);
+  const int64_t keys = problem.b() * problem.h_kv * means.keys_of_head;
+  const int64_t queries = heads * means.queries_of_head;
+  grid_of(keys + queries);  // numbers that fit
+  means.keys = static_cast<int32_t>(keys);
+  means.queries = static_cast<int32_t>(queries);
+  const int64_t ctas =
+      std::min(ceil_div(keys + queries, kPoolMeansThreads / 32),
+               (sm90 ? kPoolMeansCtasBeside : kPoolMeansCtas) * device_info().multiprocessors);
+  leave_shared_memory(pool_means_kernel<Element>);
+  launch_overlapped(pool_means_kernel<Element>, dim3(grid_of(ctas)), dim3(kPoolMeansThreads), 0,
+                    stream, select, p, means);
 
   const auto with_ring = [&](size_t beside) {
     p.stages = ring_stages<CoverTile>(problem.d_qk, static_cast<int64_t>(beside), kResident);

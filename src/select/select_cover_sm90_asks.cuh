@@ -149,6 +149,7 @@ __device__ __forceinline__ void add_asks(float scale, const float (&scores)[64],
   }
 }
 
+// The kernel runs beside the one that makes means, of which it needs none.
 template <typename Shape>
 __device__ void compute_asks(const CoverSm90Params& params, const CoverAsksTask<Shape>& task,
                              CoverTiles<Shape>& tiles) {
@@ -157,9 +158,6 @@ __device__ void compute_asks(const CoverSm90Params& params, const CoverAsksTask<
   const DeviceSequence& sequence = problem.sequences[task.sequence];
   const AskingRows asking(sequence.s_q);
   load_asking_rows(params, task, asking, tiles);
-  // So far nothing was written or read that another kernel of the call touches.
-  await_previous_kernel();
-  start_next_kernel();
   const CoverThread me;
   const CoverHead head(select, {task.sequence, task.head, task.sequence * problem.h_q + task.head});
   const int32_t position = sequence.first_position();
@@ -173,6 +171,10 @@ __device__ void compute_asks(const CoverSm90Params& params, const CoverAsksTask<
   float scores[64];
 #pragma unroll 1
   for (int32_t tile = 0; tile < task.tiles; ++tile) {
+    if (tile + 1 == task.tiles) {
+      await_kernel_beside();
+      start_next_kernel();
+    }
     sm90::barrier_wait(&tiles.full[ring.stage], ring.parity);
     multiply_columns<Shape, 128>(tiles, me.group, ring.stage, 0, scores);
     __syncwarp();
@@ -202,19 +204,14 @@ __device__ void compute_asks(const CoverSm90Params& params, const CoverAsksTask<
 template <typename Shape>
 __global__ void __launch_bounds__(kCoverAsksThreads, Shape::kCtas)
     cover_asks_sm90_kernel(const __grid_constant__ CoverSm90Params params) {
-  // Tables and inputs are there: the means' kernel, which this one may overlap with, has awaited
-  // whoever wrote them.
   const CoverAsksTask<Shape> task(params);
-  if (!task.any) {
-    await_previous_kernel();
-    return;
-  }
+  if (!task.any) return await_kernel_beside();
   auto& tiles = *reinterpret_cast<CoverTiles<Shape>*>(shared_memory());
   if (threadIdx.x == 0) tiles.init();
   __syncthreads();
   if (threadIdx.x >= kCoverComputeThreads) {
     load_asked_keys(params, task, tiles);
-    await_previous_kernel();
+    await_kernel_beside();
   } else {
     compute_asks(params, task, tiles);
   }

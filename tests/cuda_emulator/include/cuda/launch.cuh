@@ -27,6 +27,9 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   });
 }
 
+template <typename... Parameters>
+void leave_shared_memory(void (*)(Parameters...)) {}
+
 // Kernels do not overlap here; but a thread that ends without having awaited the kernel before is
 // an error.
 template <typename... Parameters, typename... Arguments>
@@ -44,6 +47,7 @@ void launch_overlapped(void (*kernel)(Parameters...), dim3 grid, dim3 block, siz
 }
 
 inline void await_previous_kernel() { cuda_emulator::await_previous(); }
+inline void await_kernel_beside() { cuda_emulator::await_previous(); }
 inline void start_next_kernel() {}
 
 inline void store_if(bool yes, float* to, float value) {
