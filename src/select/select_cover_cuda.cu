@@ -201,7 +201,7 @@ void launch_all(const Problem& problem, const SelectProblem& select, CoverParams
   const int64_t ctas =
       std::min(ceil_div(keys + queries, kPoolMeansThreads / 32),
                (sm90 ? kPoolMeansCtasBeside : kPoolMeansCtas) * device_info().multiprocessors);
-  leave_shared_memory(pool_means_kernel<Element>);
+  if (sm90) leave_shared_memory(pool_means_kernel<Element>);
   launch_overlapped(pool_means_kernel<Element>, dim3(grid_of(ctas)), dim3(kPoolMeansThreads), 0,
                     stream, select, p, means);
 
