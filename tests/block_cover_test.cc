@@ -199,8 +199,7 @@ class CoverOracle {
   // type, CUDA has entries of 11 bits.
   double map_slack(const Execution& execution) const {
     const DType dtype = data_.c.dtype;
-    if (execution.backend == Backend::kReference) return slack;
-    if (dtype == DType::kFloat32) return slack;
+    if (execution.backend == Backend::kReference || dtype == DType::kFloat32) return slack;
     const double rounding = dtype == DType::kBFloat16 ? 0x1p-9 : 0x1p-12;
     const double entries = is_cuda(execution.backend) ? 0x1p-11 : 0;
     return slack + 4 * rounding * largest_logit + entries;

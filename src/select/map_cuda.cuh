@@ -95,30 +95,9 @@ __device__ void mean_of_block(const SelectProblem& select, const HeadMap& map, i
       problem.q_row(problem.q, map.head.sequence, map.head.head, begin) + piece * 16;
   const int64_t stride = problem.q.row_stride * 2;
   float sums[8] = {};
-  const auto add = [&](const uint4& x) {
-    const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      sums[2 * e] += Operand<Element>::low(pairs[e]);
-      sums[2 * e + 1] += Operand<Element>::high(pairs[e]);
-    }
-  };
   const int32_t rows = r < map.n_q && group < groups ? end - begin : 0;
-  if (select.q_aligned) {
-    constexpr int kAtOnce = 16;  // loads under way: queries come from memory
-    for (int32_t i = group; i < rows; i += kAtOnce * groups) {
-      uint4 some[kAtOnce];
-#pragma unroll
-      for (int l = 0; l < kAtOnce; ++l) {
-        const int32_t r = i + l * groups;
-        some[l] = r < rows ? *reinterpret_cast<const uint4*>(row + r * stride) : uint4{0, 0, 0, 0};
-      }
-#pragma unroll
-      for (int l = 0; l < kAtOnce; ++l) add(some[l]);  // a 0 more changes no sum
-    }
-  } else {
-    for (int32_t i = group; i < rows; i += groups) add(load_eight(row + i * stride, false));
-  }
+  sum_eights<Element, 16>(  // queries come from memory
+      group, rows, groups, select.q_aligned, [&](int32_t i) { return row + i * stride; }, sums);
 #pragma unroll
   for (int e = 0; e < 8; ++e) partial[thread * 8 + e] = sums[e];
   __syncthreads();

@@ -59,32 +59,9 @@ __device__ inline void pool_rows_warp(int32_t n, int32_t d, bool aligned, const 
   const int32_t together = 32 / units;  // rows that the warp reads at once
   const int32_t unit = lane % units;
   float sums[8] = {};
-  const auto add = [&](const uint4& x) {
-    const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      sums[2 * e] += Operand<Element>::low(pairs[e]);
-      sums[2 * e + 1] += Operand<Element>::high(pairs[e]);
-    }
-  };
-  const int32_t first = lane < together * units ? lane / units : n;
-  if (aligned) {
-    constexpr int kBatch = 8;  // loads under way
-#pragma unroll 1
-    for (int32_t i = first; i < n; i += kBatch * together) {
-      uint4 x[kBatch];
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const int32_t r = i + b * together;
-        x[b] = r < n ? *reinterpret_cast<const uint4*>(row(r) + unit * 16) : uint4{};
-      }
-#pragma unroll
-      for (const uint4& some : x) add(some);
-    }
-  } else {
-#pragma unroll 1
-    for (int32_t i = first; i < n; i += together) add(load_eight(row(i) + unit * 16, false));
-  }
+  sum_eights<Element, 8>(
+      lane < together * units ? lane / units : n, n, together, aligned,
+      [&](int32_t i) { return row(i) + unit * 16; }, sums);
   float mean[8];
 #pragma unroll
   for (int e = 0; e < 8; ++e) mean[e] = sums[e];

@@ -190,6 +190,39 @@ __device__ inline uint4 load_eight(const std::byte* from, bool aligned) {
   return {pair(0), pair(2), pair(4), pair(6)};
 }
 
+template <typename Element>
+__device__ inline void add_eight(const uint4& elements, float (&sums)[8]) {
+  const uint32_t pairs[4] = {elements.x, elements.y, elements.z, elements.w};
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    sums[2 * e] += Operand<Element>::low(pairs[e]);
+    sums[2 * e + 1] += Operand<Element>::high(pairs[e]);
+  }
+}
+
+// Adds the eight elements at row(i) for i = first, first + step, ... below n. kAtOnce loads are
+// under way; a branch on alignment in the loop would keep them apart.
+template <typename Element, int kAtOnce, typename Row>
+__device__ inline void sum_eights(int32_t first, int32_t n, int32_t step, bool aligned,
+                                  const Row& row, float (&sums)[8]) {
+  if (!aligned) {
+#pragma unroll 1
+    for (int32_t i = first; i < n; i += step) add_eight<Element>(load_eight(row(i), false), sums);
+    return;
+  }
+#pragma unroll 1
+  for (int32_t i = first; i < n; i += kAtOnce * step) {
+    uint4 some[kAtOnce];
+#pragma unroll
+    for (int l = 0; l < kAtOnce; ++l) {
+      const int32_t r = i + l * step;
+      some[l] = r < n ? *reinterpret_cast<const uint4*>(row(r)) : uint4{0, 0, 0, 0};
+    }
+#pragma unroll
+    for (const uint4& eight : some) add_eight<Element>(eight, sums);  // a 0 more changes no sum
+  }
+}
+
 // Counts this CTA as done with its part of a common work; true in the last of `ctas`,
 // which sees what the others wrote, by loads past L1. `flag` in shared memory. Nobody waits.
 __device__ inline bool is_last_cta(uint32_t* tickets, uint32_t ctas, uint32_t& flag) {
@@ -235,13 +268,7 @@ __device__ void mean_rows_cta(int32_t n, int32_t d, bool aligned, float* partial
   float sums[8] = {};
   if (group < groups) {
     for (int32_t i = group; i < n; i += groups) {
-      const uint4 x = load_eight(row(i) + piece * 16, aligned);
-      const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        sums[2 * e] += Operand<Element>::low(pairs[e]);
-        sums[2 * e + 1] += Operand<Element>::high(pairs[e]);
-      }
+      add_eight<Element>(load_eight(row(i) + piece * 16, aligned), sums);
     }
 #pragma unroll
     for (int e = 0; e < 8; ++e) partial[group * d + piece * 8 + e] = sums[e];

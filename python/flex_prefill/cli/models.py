@@ -69,7 +69,7 @@ def named_patterns(names: Sequence[str], configs: Sequence[str]) -> list[NamedPa
             if isinstance(config, dict):
                 config = _with_prefixes(config, get_config_example(name))
             patterns.append(NamedPattern(name, check_config(name, config)))
-        except (ValueError, NotImplementedError) as error:
+        except ValueError as error:
             raise CommandError(str(error), usage=True) from None
     return patterns
 
