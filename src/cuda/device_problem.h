@@ -80,8 +80,9 @@ struct DeviceProblem {
     int64_t page = sequence;
     int64_t row = sequences[sequence].kv_start + j;
     if (page_table != nullptr) {
-      page = page_table[sequence * page_table_stride + j / page_size];
-      row = j % page_size;
+      const auto own = static_cast<uint32_t>(j);  // 64 bits would be divided by a function
+      page = page_table[sequence * page_table_stride + own / page_size];
+      row = own % page_size;
     }
     return t.data + (page * t.sequence_stride + kv_head * t.head_stride + row * t.row_stride) *
                         t.element_bytes;
