@@ -15,6 +15,14 @@ namespace flexprefill {
 
 constexpr uint32_t kWholeWarp = 0xffffffffu;
 
+// The thread's lane, worked out where it is asked for: what depends on it would else be kept in
+// registers all through the kernel.
+__device__ inline int32_t lane_here() {
+  auto lane = static_cast<int32_t>(threadIdx.x % 32);
+  asm volatile("" : "+r"(lane));
+  return lane;
+}
+
 template <typename T, typename Combine>
 __device__ T combine_warp(T value, const Combine& combine) {
   for (int lanes = 16; lanes > 0; lanes /= 2) {
@@ -56,12 +64,13 @@ __device__ inline uint64_t fixed_mass_of(float x) {
 template <typename Entry>
 __device__ Taken take_largest_warp(const Entry& entry, int64_t size, Weight weight,
                                    uint64_t limit) {
-  const auto lane = static_cast<int64_t>(threadIdx.x % 32);
+  const int64_t lane = lane_here();
   const auto weight_of = [&](float value) {
     return weight == Weight::kMass ? fixed_mass_of(value) : uint64_t{1};
   };
   uint64_t all = 0;
   uint32_t highest = 0, left = 0;
+#pragma unroll 1
   for (int64_t e = lane; e < size; e += 32) {
     const float x = entry(e);
     if (x < 0) continue;
@@ -78,6 +87,7 @@ __device__ Taken take_largest_warp(const Entry& entry, int64_t size, Weight weig
     const uint32_t upper = (walk.prefix >> bit) | 1;
     uint64_t own = 0;
     uint32_t count = 0;
+#pragma unroll 1
     for (int64_t e = lane; e < size; e += 32) {
       const float x = entry(e);
       if (std::bit_cast<uint32_t>(x) >> bit != upper) continue;
@@ -95,6 +105,7 @@ __device__ Taken take_largest_warp(const Entry& entry, int64_t size, Weight weig
     }
     if (left != 1) continue;
     uint32_t last = 0;
+#pragma unroll 1
     for (int64_t e = lane; e < size; e += 32) {
       const auto bits = std::bit_cast<uint32_t>(entry(e));
       if ((bits ^ walk.prefix) >> bit == 0) last = bits;
@@ -134,7 +145,7 @@ struct TakenWarp {
   __device__ bool takes(float x, bool eligible) {
     const auto bits = std::bit_cast<uint32_t>(x);
     const uint32_t equal = __ballot_sync(kWholeWarp, eligible && bits == taken.threshold);
-    const auto lane = threadIdx.x % 32;
+    const int32_t lane = lane_here();
     const int before = __popc(equal & ((1u << lane) - 1));
     const bool takes =
         bits == taken.threshold ? ties + before < taken.ties : bits > taken.threshold;

@@ -1,6 +1,6 @@
 // BlockCover on the device.
 //
-//   pool_means_kernel  means of 32 queries and of 32 keys, in the element type
+//   pool_means_kernel  means of 32 queries and of 32 keys        select_cover_cuda_means.cuh
 //   asks_kernel        the asking rows by all keys               select_cover_cuda_asks.cuh
 //   columns_kernel     the columns
 //   cover_map_kernel   the map and the decisions, row by row     select_cover_cuda_map.cuh
@@ -18,6 +18,7 @@
 #include "math.h"
 #include "select/select_cover_cuda_asks.cuh"
 #include "select/select_cover_cuda_map.cuh"
+#include "select/select_cover_cuda_means.cuh"
 #include "select/select_cover_sm90.h"
 #include "select/select_rows.h"
 
@@ -25,78 +26,6 @@ namespace flexprefill {
 namespace {
 
 constexpr int64_t kResident = 2;  // CTAs of the large kernels on a multiprocessor
-
-// ---- Means --------------------------------------------------------------------------------------
-
-constexpr int kPoolMeansThreads = 128;
-constexpr int64_t kPoolMeansCtas = 6;        // of a multiprocessor
-constexpr int64_t kPoolMeansCtasBeside = 2;  // where the asking rows' CTAs are to fit, too
-
-// Numbers of means, some of them gaps: first those of keys, then those of queries.
-struct PoolMeans {
-  int32_t keys, queries;
-  int32_t keys_of_head, queries_of_head;
-};
-
-// A warp: one mean.
-template <typename Element>
-__device__ inline void pool_mean(const SelectProblem& select, const CoverParams& p,
-                                 const PoolMeans& means, int32_t number) {
-  const DeviceProblem& problem = select.problem;
-  const bool of_keys = number < means.keys;
-  if (!of_keys) number -= means.keys;
-  const int32_t each = of_keys ? means.keys_of_head : means.queries_of_head;
-  const int32_t nth = number % each, head = number / each;
-  const int32_t heads = of_keys ? problem.h_kv : problem.h_q;
-  const int32_t s = head / heads, h = head % heads;
-  const DeviceSequence& sequence = problem.sequences[s];
-  if (select.sequences[s].probed == 0) return;
-  const int32_t blocks = of_keys ? sequence.n_kv : sequence.n_q;
-  const int32_t first_block = of_keys ? 0 : sequence.first_q_block;
-  const int32_t position = of_keys ? 0 : sequence.first_position();
-  const int32_t pool = first_block * p.per_block + nth;
-  const int32_t from = pool * kPool > position ? pool * kPool : position;
-  const int32_t to = min(pool * kPool + kPool, sequence.s_kv);
-  if (nth >= blocks * p.per_block || from >= to) return;
-  const int64_t row = (of_keys ? sequence.first_mean + int64_t{h} * blocks
-                               : sequence.first_row + int64_t{h} * blocks) *
-                          p.per_block +
-                      nth;
-  std::byte* mean = (of_keys ? p.memory.k_means : p.memory.q_means) + row * problem.d_qk * 2;
-  const auto store = [&](int32_t unit, const uint4& elements) {
-    reinterpret_cast<uint4*>(mean)[unit] = elements;
-  };
-  if (of_keys && problem.page_table != nullptr) {
-    pool_rows_warp<Element>(
-        to - from, problem.d_qk, select.k_aligned,
-        [&](int32_t i) { return problem.kv_row(problem.k, s, h, from + i); }, store);
-    return;
-  }
-  const std::byte* rows = of_keys ? problem.kv_row(problem.k, s, h, from)
-                                  : problem.q_row(problem.q, s, h, from - position);
-  const int64_t stride = (of_keys ? problem.k : problem.q).row_stride * 2;
-  pool_rows_warp<Element>(
-      to - from, problem.d_qk, of_keys ? select.k_aligned : select.q_aligned,
-      [&](int32_t i) { return rows + i * stride; }, store);
-}
-
-// A warp a mean, in turns: each element of K and of Q is read once, from memory, which bounds it.
-// All CTAs are there at once. On Hopper they leave room, so the asking rows' products run
-// meanwhile: of a quarter's 512 x 32 registers two of these warps take 2 x 80 and three of
-// cover_asks_sm90_kernel's 3 x 96.
-template <typename Element>
-__global__ void __launch_bounds__(kPoolMeansThreads, kPoolMeansCtas)
-    pool_means_kernel(const __grid_constant__ SelectProblem select,
-                      const __grid_constant__ CoverParams p, const PoolMeans means) {
-  await_previous_kernel();
-  start_next_kernel();
-  constexpr int32_t kWarps = kPoolMeansThreads / 32;
-#pragma unroll 1
-  for (uint32_t number = blockIdx.x * kWarps + threadIdx.x / 32;
-       number < static_cast<uint32_t>(means.keys + means.queries); number += gridDim.x * kWarps) {
-    pool_mean<Element>(select, p, means, static_cast<int32_t>(number));
-  }
-}
 
 // ---- The audit ----------------------------------------------------------------------------------
 
@@ -190,20 +119,7 @@ template <typename Element>
 void launch_all(const Problem& problem, const SelectProblem& select, CoverParams p, bool sm90,
                 void* stream) {
   const auto heads = static_cast<int64_t>(select.problem.b) * problem.h_q;
-  PoolMeans means{};
-  means.keys_of_head = select.problem.max_n_kv * p.per_block;
-  means.queries_of_head = select.problem.max_n_q * p.per_block;
-  const int64_t keys = problem.b() * problem.h_kv * means.keys_of_head;
-  const int64_t queries = heads * means.queries_of_head;
-  grid_of(keys + queries);  // numbers that fit
-  means.keys = static_cast<int32_t>(keys);
-  means.queries = static_cast<int32_t>(queries);
-  const int64_t ctas =
-      std::min(ceil_div(keys + queries, kPoolMeansThreads / 32),
-               (sm90 ? kPoolMeansCtasBeside : kPoolMeansCtas) * device_info().multiprocessors);
-  if (sm90) leave_shared_memory(pool_means_kernel<Element>);
-  launch_overlapped(pool_means_kernel<Element>, dim3(grid_of(ctas)), dim3(kPoolMeansThreads), 0,
-                    stream, select, p, means);
+  launch_pool_means<Element>(select, p, sm90, stream);
 
   const auto with_ring = [&](size_t beside) {
     p.stages = ring_stages<CoverTile>(problem.d_qk, static_cast<int64_t>(beside), kResident);
@@ -238,11 +154,11 @@ void launch_all(const Problem& problem, const SelectProblem& select, CoverParams
 CoverMemory lay_out_cover(const Problem& problem, const BlockCover& pattern, int64_t blocks,
                           int64_t words, Arena& arena, SelectProblem& select) {
   const int64_t heads = problem.b() * problem.h_q;
-  const int64_t row_bytes = int64_t{problem.d_qk} * 2 * means_of_block(problem);
-  int64_t mean_rows = 0;
+  const int64_t row_bytes = int64_t{problem.d_qk} * 2;
+  int64_t key_blocks = 0;
   CoverMemory memory;
   for (int64_t s = 0; s < problem.b(); ++s) {
-    mean_rows += problem.h_kv * problem.grids[s].n_kv;
+    key_blocks += problem.h_kv * problem.grids[s].n_kv;
     memory.pitch = std::max(memory.pitch, static_cast<int32_t>(problem.grids[s].n_kv));
     memory.max_chunks = std::max(memory.max_chunks, static_cast<int32_t>(problem.lengths[s].s_kv));
   }
@@ -258,8 +174,13 @@ CoverMemory lay_out_cover(const Problem& problem, const BlockCover& pattern, int
   select.kind = HeadRule::Kind::kBlocks;
   select.not_finite = arena.take<uint8_t>(heads);
   select.tickets = arena.take<uint32_t>(2 * heads);
-  memory.k_means = arena.take<std::byte>(mean_rows * row_bytes);
-  memory.q_means = arena.take<std::byte>(problem.first_row.back() * row_bytes);
+  const auto with_groups = [&](int64_t blocks, int64_t all_heads) {
+    return blocks * means_of_block(problem) + all_heads * kMeansTogether;
+  };
+  memory.key_means = with_groups(key_blocks, problem.b() * problem.h_kv);
+  memory.query_means = with_groups(problem.first_row.back(), heads);
+  memory.k_means = arena.take<std::byte>(memory.key_means * row_bytes);
+  memory.q_means = arena.take<std::byte>(memory.query_means * row_bytes);
   memory.chunk_stats = arena.take<float2>(heads * memory.max_chunks * CoverTile::kRows);
   memory.most_asked = arena.take<float>(blocks);
   memory.group_mass = arena.take<float>(blocks * CoverParams::groups(problem.block_size));

@@ -15,8 +15,9 @@ struct SelectProblem;
 
 // What a call has in the workspace, and how it is cut. heads: of all sequences.
 struct CoverMemory {
-  std::byte* k_means = nullptr;     // [mean_rows * means of a block, d]
-  std::byte* q_means = nullptr;     // [index_rows * means of a block, d]
+  std::byte* k_means = nullptr;  // [key_means, d]
+  std::byte* q_means = nullptr;  // [query_means, d]
+  int64_t key_means = 0, query_means = 0;
   float* masses = nullptr;          // [heads, n_kv, kCoverAskingRows]
   float2* chunk_stats = nullptr;    // [heads, chunks, kCoverAskingRows]
   float* most_asked = nullptr;      // [heads, n_kv]

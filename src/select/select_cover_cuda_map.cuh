@@ -228,29 +228,30 @@ template <int32_t kWarps>
 __device__ inline void decide_map(const SelectProblem& select, const CoverParams& p,
                                   const BlockTask& task, const MeansMapTask& means,
                                   CoverSharedWarp* shared) {
-  const auto thread = static_cast<int32_t>(threadIdx.x);
+  const int32_t lane = lane_here(), warp = static_cast<int32_t>(threadIdx.x) / 32;
   const CoverHead head(select, task.view);
   const AskingRows asking(select.problem.sequences[task.view.sequence].s_q);
   const auto asks_from =
       static_cast<int32_t>((means.position + asking.row(0)) / select.problem.block_size);
   const float* most_asked = p.memory.most_asked + head.first_block;
-  CoverSharedWarp& own = shared[thread / 32];
-  for (int32_t e = thread % 32; e < 8 * 32; e += 32) {
+  CoverSharedWarp& own = shared[warp];
+  for (int32_t e = lane; e < 8 * 32; e += 32) {
     *reinterpret_cast<uint4*>(own.bins[e / 32][e % 32]) = {0, 0, 0, 0};
   }
   __syncwarp();
   float least = 1;
   int32_t below = 0;
 #pragma unroll 1
-  for (int32_t b = thread / 32; b < task.blocks; b += kWarps) {
+  for (int32_t b = warp; b < task.blocks; b += kWarps) {
     const int32_t i = task.first_block + b;
     const uint64_t* columns = i >= asks_from ? p.memory.columns + head.first_word : nullptr;
-    const RowMass mass = keep_cover_warp(means.map + int64_t{b} * means.pitch, i, means.n_kv,
-                                         p.rule, columns, most_asked, own, task.row(select, i));
+    const RowMass mass =
+        keep_cover_warp(means.map + int64_t{b} * means.pitch, i, means.n_kv, p.rule, columns,
+                        most_asked, select.audit != nullptr, own, task.row(select, i));
     least = fminf(least, mass.share());
     below += mass.kept < mass.wanted ? 1 : 0;
   }
-  if (thread % 32 != 0) return;
+  if (lane != 0 || select.audit == nullptr) return;
   atomicMin(p.memory.least_share + task.view.number, std::bit_cast<uint32_t>(least));
   if (below > 0) atomicAdd(p.memory.rows_below + task.view.number, below);
 }
@@ -275,19 +276,17 @@ __global__ void __launch_bounds__(CoverTile::kThreads, 2)
     const MeansMapTask means(select, p, task);
     const int64_t row_bytes = int64_t{d} * 2;
     const std::byte* q =
-        p.memory.q_means +
-        ((sequence.first_row + int64_t{task.view.head} * sequence.n_q) * p.per_block + means.first -
-         int64_t{sequence.first_q_block} * p.per_block) *
-            row_bytes;
+        p.memory.q_means + (first_query_mean(select, p, task.view.sequence, task.view.head) +
+                            means.first - int64_t{sequence.first_q_block} * p.per_block) *
+                               row_bytes;
     const std::byte* k =
-        p.memory.k_means +
-        (sequence.first_mean + int64_t{task.kv} * sequence.n_kv) * p.per_block * row_bytes;
+        p.memory.k_means + first_key_mean(select, p, task.view.sequence, task.kv) * row_bytes;
     const int32_t seen = means.first + means.end;  // means of keys that some row sees
     const auto rows = [&](std::byte* to, int32_t step) {
       load_stage_rows<CoverTile::kRows, CoverTile::kThreads>(
           to, step * CoverTile::kDepth, d, true, p.memory.q_means,
           [&](int32_t r) -> const std::byte* {
-            return r >= means.begin && r < means.end ? q + r * row_bytes : nullptr;
+            return r >= means.begin && r < means.end ? q + query_place(r) * row_bytes : nullptr;
           });
     };
     const auto columns = [&](std::byte* to, int32_t tile, int32_t step) {
@@ -295,7 +294,7 @@ __global__ void __launch_bounds__(CoverTile::kThreads, 2)
           to, step * CoverTile::kDepth, d, true, p.memory.k_means,
           [&](int32_t r) -> const std::byte* {
             const int32_t c = tile * CoverTile::kColumns + r;
-            return c < seen ? k + c * row_bytes : nullptr;
+            return c < seen ? k + key_place(c) * row_bytes : nullptr;
           });
     };
     const auto busy = [&](int32_t tile) { return means.sees(TileThread::of<CoverTile>(), tile); };

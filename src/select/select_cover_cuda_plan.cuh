@@ -1,4 +1,4 @@
-// What the kernels of BlockCover share: a call's parameters, and means of a few rows.
+// What the kernels of BlockCover share: a call's parameters, and sums of exponentials.
 #ifndef FLEXPREFILL_SRC_SELECT_SELECT_COVER_CUDA_PLAN_CUH_
 #define FLEXPREFILL_SRC_SELECT_SELECT_COVER_CUDA_PLAN_CUH_
 
@@ -35,6 +35,33 @@ struct CoverParams {
   }
 };
 
+// Means lie in memory in the order in which a thread of the map on Hopper adds up its scores: of 16
+// by 16 means, those of a query block and of a key block are one thread's, or a neighbour's.
+constexpr int32_t kMeansTogether = 16;
+__device__ inline int32_t query_place(int32_t mean) {
+  return mean / kMeansTogether * kMeansTogether + mean % 2 * 8 + mean % kMeansTogether / 2;
+}
+__device__ inline int32_t key_place(int32_t mean) {
+  return mean / kMeansTogether * kMeansTogether + mean / 2 % 2 * 8 + mean % kMeansTogether / 4 * 2 +
+         mean % 2;
+}
+// Where a head's means begin, which have room for whole groups of 16. head: of all sequences'.
+__device__ inline int64_t first_mean_of(const CoverParams& p, int64_t blocks_before, int32_t head) {
+  return blocks_before * p.per_block + int64_t{head} * kMeansTogether;
+}
+__device__ inline int64_t first_key_mean(const SelectProblem& select, const CoverParams& p,
+                                         int32_t s, int32_t kv) {
+  const DeviceSequence& sequence = select.problem.sequences[s];
+  return first_mean_of(p, sequence.first_mean + int64_t{kv} * sequence.n_kv,
+                       s * select.problem.h_kv + kv);
+}
+__device__ inline int64_t first_query_mean(const SelectProblem& select, const CoverParams& p,
+                                           int32_t s, int32_t head) {
+  const DeviceSequence& sequence = select.problem.sequences[s];
+  return first_mean_of(p, sequence.first_row + int64_t{head} * sequence.n_q,
+                       s * select.problem.h_q + head);
+}
+
 // A head's arrays.
 struct CoverHead {
   HeadView view;
@@ -48,36 +75,6 @@ struct CoverHead {
     first_word = plan.first_word + static_cast<int64_t>(head.head) * sequence.words_per_row;
   }
 };
-
-// A warp: the mean of n rows of d elements, n <= kPool, rounded to the element type.
-// store(unit, elements) gets every unit of eight.
-template <typename Element, typename Row, typename Store>
-__device__ inline void pool_rows_warp(int32_t n, int32_t d, bool aligned, const Row& row,
-                                      const Store& store) {
-  const auto lane = static_cast<int32_t>(threadIdx.x) % 32;
-  const int32_t units = d / 8;          // of a row, 2 to 32
-  const int32_t together = 32 / units;  // rows that the warp reads at once
-  const int32_t unit = lane % units;
-  float sums[8] = {};
-  sum_eights<Element, 8>(
-      lane < together * units ? lane / units : n, n, together, aligned,
-      [&](int32_t i) { return row(i) + unit * 16; }, sums);
-  float mean[8];
-#pragma unroll
-  for (int e = 0; e < 8; ++e) mean[e] = sums[e];
-#pragma unroll 1
-  for (int32_t from = units; from < together * units; from += units) {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) mean[e] += __shfl_sync(kWholeWarp, sums[e], unit + from);
-  }
-  const float inverse = 1.0f / static_cast<float>(n);
-#pragma unroll
-  for (float& x : mean) x *= inverse;
-  if (lane < units) {
-    store(lane, uint4{pack<Element>(mean[0], mean[1]), pack<Element>(mean[2], mean[3]),
-                      pack<Element>(mean[4], mean[5]), pack<Element>(mean[6], mean[7])});
-  }
-}
 
 // The scores of a thread, multiplied by the scale unless it is above 0: then exponentials do that.
 __device__ inline float scale_scores(float scale, TileScores& x) {

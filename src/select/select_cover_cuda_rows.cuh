@@ -35,22 +35,27 @@ struct MapUnit {
   }
 };
 
-// f(first, unit) for the entries of a row, eight to a lane: unit holds entries first .. first + 7,
-// of which those above i may be anything.
-template <typename F>
-__device__ inline void for_map_units(const __half* row, int32_t i, const F& f) {
-  const auto lane = static_cast<int32_t>(threadIdx.x % 32);
-#pragma unroll 2
-  for (int32_t first = 8 * lane; first <= i; first += 256) {
-    f(first, MapUnit{*reinterpret_cast<const uint4*>(row + first)});
-  }
-}
-
 // Bits begin .. end - 1 of those that stand for blocks first .. first + 7.
 __device__ inline uint32_t unit_mask(int32_t first, int32_t begin, int32_t end) {
   const int32_t low = begin - first > 0 ? begin - first : 0;
   const int32_t high = end - first < 8 ? end - first : 8;
   return high > low && low < 8 ? (0xffu >> (8 - high)) & (0xffu << low) : 0u;
+}
+
+// f(bits) for the entries 1 .. i - 2 of a row, eight at a time to each lane, and f(0) for some
+// that are none: the warp stays together.
+template <typename F>
+__device__ inline void for_map_entries(const __half* row, int32_t i, const F& f) {
+  const int32_t lane = lane_here();
+#pragma unroll 2
+  for (int32_t from = 0; from <= i; from += 256) {
+    const int32_t first = from + 8 * lane;
+    MapUnit unit{};
+    if (first <= i) unit.halves = *reinterpret_cast<const uint4*>(row + first);
+    const uint32_t mask = unit_mask(first, 1, i - 1);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) f((mask >> e & 1) != 0 ? unit.bits(e) : 0);
+  }
 }
 
 // A warp's shared memory: a histogram, four times over so that equal entries meet less often.
@@ -70,9 +75,11 @@ __device__ inline bool always_keeps(int32_t i, int32_t j) { return j == 0 || j =
 // order, at most `i` of them. It may read what the row was, of block j.
 template <typename Keep>
 __device__ inline void write_cover_row(int32_t i, int32_t n, uint64_t* row, const Keep& keep) {
-  const auto lane = static_cast<int32_t>(threadIdx.x % 32);
+  const int32_t lane = lane_here();
+#pragma unroll 1
   for (int32_t w = 0; w < (n + 63) / 64; ++w) {
     uint64_t word = 0;
+#pragma unroll 1
     for (int half = 0; half < 2; ++half) {
       const int32_t j = 64 * w + 32 * half + lane;
       const bool kept = keep(j, j <= i) && j <= i;
@@ -90,11 +97,12 @@ template <typename Score>
 __device__ inline void limit_row_warp(const Score& score, int32_t i, int32_t n, int32_t most,
                                       const uint64_t* columns, const float* most_asked,
                                       uint64_t* row) {
-  const auto lane = static_cast<int32_t>(threadIdx.x % 32);
+  const int32_t lane = lane_here();
   const auto is_column = [&](int32_t j) {
     return columns != nullptr && has_bit(columns, j) && !always_keeps(i, j);
   };
   uint32_t own = 0;
+#pragma unroll 1
   for (int32_t j = lane; j <= i; j += 32) own += is_column(j) ? 1 : 0;
   const auto asked = static_cast<int32_t>(__reduce_add_sync(kWholeWarp, own));
   const int32_t left = most - (i > 1 ? static_cast<int32_t>(kCoverLeastBlocks) : i + 1);
@@ -118,7 +126,7 @@ __device__ inline void limit_row_warp(const Score& score, int32_t i, int32_t n, 
 // The sums of the values of this lane and those after it.
 template <typename T>
 __device__ inline T sum_from_lane(T value) {
-  const auto lane = static_cast<int32_t>(threadIdx.x % 32);
+  const int32_t lane = lane_here();
 #pragma unroll
   for (int lanes = 1; lanes < 32; lanes *= 2) {
     const T more = __shfl_down_sync(kWholeWarp, value, lanes);
@@ -130,10 +138,11 @@ __device__ inline T sum_from_lane(T value) {
 // Adds up the kBins bins of each lane, to sums, and clears them.
 template <int kBins>
 __device__ inline void collect_bins(CoverSharedWarp& shared, uint32_t (&sums)[kBins]) {
+  const int32_t lane = lane_here();
   __syncwarp();
 #pragma unroll
   for (int k = 0; k < kBins; ++k) {
-    auto& bins = *reinterpret_cast<uint4*>(shared.bins[k][threadIdx.x % 32]);
+    auto& bins = *reinterpret_cast<uint4*>(shared.bins[k][lane]);
     const uint4 x = bins;
     sums[k] = x.x + x.y + x.z + x.w;
     bins = {0, 0, 0, 0};
@@ -147,7 +156,7 @@ __device__ inline void collect_bins(CoverSharedWarp& shared, uint32_t (&sums)[kB
 template <int kBins, typename Places>
 __device__ inline uint32_t find_bin(const uint32_t (&sums)[kBins], uint64_t above, uint64_t& left,
                                     const Places& places) {
-  const auto lane = static_cast<uint32_t>(threadIdx.x % 32);
+  const auto lane = static_cast<uint32_t>(lane_here());
   uint64_t own = 0;
 #pragma unroll
   for (int k = 0; k < kBins; ++k) own += sums[k];
@@ -177,16 +186,10 @@ __device__ inline uint32_t find_bin(const uint32_t (&sums)[kBins], uint64_t abov
 // sweep over the row for each, took three quarters of the instructions of the map's kernel.
 __device__ inline MapTaken cover_row_warp(const __half* row, int32_t i, float gamma, uint64_t have,
                                           CoverSharedWarp& shared, RowMass& mass) {
-  const auto lane = static_cast<uint32_t>(threadIdx.x % 32);
-  for_map_units(row, i, [&](int32_t first, const MapUnit& unit) {
-    const uint32_t mask = unit_mask(first, 1, i - 1);
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      const uint32_t bits = unit.bits(e);
-      if ((mask >> e & 1) != 0) {
-        atomicAdd(&shared.bins[bits >> 7 & 7][bits >> 10][lane % 4], map_digits(bits));
-      }
-    }
+  const auto lane = static_cast<uint32_t>(lane_here());
+  for_map_entries(row, i, [&](uint32_t bits) {
+    uint32_t* bin = &shared.bins[bits >> 7 & 7][bits >> 10][lane % 4];
+    if (const uint32_t digits = map_digits(bits); digits != 0) atomicAdd(bin, digits);
   });
   uint32_t sums[8];
   collect_bins(shared, sums);
@@ -201,15 +204,9 @@ __device__ inline MapTaken cover_row_warp(const __half* row, int32_t i, float ga
   uint64_t left = mass.wanted - have - 1;
   const uint32_t top = find_bin(sums, from - own, left, map_places);
 
-  for_map_units(row, i, [&](int32_t first, const MapUnit& unit) {
-    const uint32_t mask = unit_mask(first, 1, i - 1);
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      const uint32_t bits = unit.bits(e);
-      if ((mask >> e & 1) != 0 && bits >> 7 == top) {
-        atomicAdd(&shared.bins[bits & 3][bits >> 2 & 31][lane % 4], map_digits(bits));
-      }
-    }
+  for_map_entries(row, i, [&](uint32_t bits) {
+    uint32_t* bin = &shared.bins[bits & 3][bits >> 2 & 31][lane % 4];
+    if (bits >> 7 == top) atomicAdd(bin, map_digits(bits));
   });
   uint32_t values[4];
   collect_bins(shared, values);
@@ -223,12 +220,13 @@ __device__ inline MapTaken cover_row_warp(const __half* row, int32_t i, float ga
   return taken;
 }
 
-// keep_cover. columns: nullptr where the row takes none; shared: zeros, and zeros again afterwards.
+// keep_cover. columns: nullptr where the row takes none; shared: zeros, and zeros again afterwards;
+// weighs: whether mass.kept is asked for.
 __device__ inline RowMass keep_cover_warp(const __half* map_row, int32_t i, int32_t n,
                                           const BlockCoverRule& rule, const uint64_t* columns,
-                                          const float* most_asked, CoverSharedWarp& shared,
-                                          uint64_t* row) {
-  const auto lane = static_cast<int32_t>(threadIdx.x % 32);
+                                          const float* most_asked, bool weighs,
+                                          CoverSharedWarp& shared, uint64_t* row) {
+  const int32_t lane = lane_here();
   const auto mass_at = [&](int32_t j) { return map_mass(__half_as_ushort(map_row[j])); };
   RowMass mass;
   uint64_t have = mass_at(0);
@@ -273,6 +271,7 @@ __device__ inline RowMass keep_cover_warp(const __half* map_row, int32_t i, int3
     if (column_bytes != nullptr && byte < size) kept |= column_bytes[byte] & there;
     if (byte < size) bytes[byte] = static_cast<uint8_t>(kept);
     count += __popc(kept);
+    if (!weighs) continue;
 #pragma unroll
     for (int e = 0; e < 8; ++e) mass.kept += (kept >> e & 1) != 0 ? map_mass(unit.bits(e)) : 0;
   }
@@ -282,7 +281,8 @@ __device__ inline RowMass keep_cover_warp(const __half* map_row, int32_t i, int3
     limit_row_warp([&](int32_t j) { return map_entry(map_row, j); }, i, n,
                    static_cast<int32_t>(rule.most_blocks), columns, most_asked, row);
     mass.kept = 0;
-    for (int32_t j = lane; j <= i; j += 32) {
+#pragma unroll 1
+    for (int32_t j = lane; weighs && j <= i; j += 32) {
       if (has_bit(row, j)) mass.kept += mass_at(j);
     }
   }

@@ -64,11 +64,8 @@ void cover_map_sm90(const Problem& problem, const SelectProblem& select, const C
   CoverSm90Params params{};
   params.select = select;
   params.cover = cover;
-  int64_t blocks = 0;
-  for (const BlockGrid& grid : problem.grids) blocks += problem.h_kv * grid.n_kv;
-  params.key_means = map_of_means(problem, cover.memory.k_means, blocks * cover.per_block);
-  params.query_means =
-      map_of_means(problem, cover.memory.q_means, problem.first_row.back() * cover.per_block);
+  params.key_means = map_of_means(problem, cover.memory.k_means, cover.memory.key_means);
+  params.query_means = map_of_means(problem, cover.memory.q_means, cover.memory.query_means);
   dispatch_shape(problem, [&]<typename Shape> {
     const int64_t ctas = std::min<int64_t>(cover.memory.ctas, cover.tasks);
     launch_cover_map_sm90<Shape>(params, grid_of(ctas), stream);

@@ -18,29 +18,44 @@ struct CoverMapShared {
   MeansMapTask means;
 };
 
-// A warpgroup works on 64 columns at a time: with the scores of 128, registers are too few for two
-// CTAs a multiprocessor.
-using CoverScores = float[32];
+// Scores 4 g + 2 r + e of a thread are of the means of queries first_row + r and of keys 16 (g / 2)
+// + first_column + 2 (g % 2) + e, counted from the tile's: the order of query_place and key_place.
+struct MapThread {
+  int32_t lane, warp_row, first_row, first_column;
+
+  // Worked out anew for each tile: registers are short.
+  __device__ MapThread()
+      : lane(lane_here()),
+        warp_row(static_cast<int32_t>(threadIdx.x) / 32 * 16),
+        first_row(warp_row + lane / 4 * 2),
+        first_column(lane % 4 * 4) {}
+};
+
+using CoverScores = float[64];
+
+// Of a number that all threads of a warp read: the compiler knows then that they stay together.
+__device__ inline int32_t same_in_warp(int32_t x) { return __shfl_sync(kWholeWarp, x, 0); }
 
 // Means of keys that a row does not see become -inf; a ragged last one counts by its tokens.
-// column: the first of 64.
-__device__ __forceinline__ void mask_means(const MeansMapTask& task, const CoverThread& me,
+// column: the tile's first.
+__device__ __forceinline__ void mask_means(const MeansMapTask& task, const MapThread& me,
                                            int32_t column, float scale, CoverScores& scores) {
-  if (column + 63 <= task.first + me.warp_row) return;
+  if (column + 127 <= task.first + me.warp_row) return;
   column += me.first_column;
   const int32_t last_mean = (task.s_kv - 1) / kPool, ragged = task.s_kv - last_mean * kPool;
   const float less =
       ragged < kPool ? log2f(static_cast<float>(ragged) / static_cast<float>(kPool)) / scale : 0.0f;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int32_t last = task.first + me.first_row + 8 * r - column;
+    const int32_t last = task.first + me.first_row + r - column;
 #pragma unroll
-    for (int g = 0; g < 8; ++g) {
+    for (int g = 0; g < 16; ++g) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
+        const int32_t own = g / 2 * 16 + g % 2 * 2 + e;
         float& score = scores[4 * g + 2 * r + e];
-        if (8 * g + e > last) score = -INFINITY;
-        if (8 * g + e == last_mean - column) score += less;
+        if (own > last) score = -INFINITY;
+        if (own == last_mean - column) score += less;
       }
     }
   }
@@ -53,13 +68,13 @@ __device__ __forceinline__ void add_means(float scale, const CoverScores& scores
   for (int r = 0; r < 2; ++r) {
     float highest = -FLT_MAX;
 #pragma unroll
-    for (int g = 0; g < 8; ++g) {
+    for (int g = 0; g < 16; ++g) {
       highest = fmaxf(highest, fmaxf(scores[4 * g + 2 * r], scores[4 * g + 2 * r + 1]));
     }
     highest = fmaxf(scaled_max(highest, scale), rows[r].max);
     float parts[2] = {rows[r].sum * exp2_approx(rows[r].max - highest), 0};
 #pragma unroll
-    for (int g = 0; g < 8; ++g) {
+    for (int g = 0; g < 16; ++g) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         parts[e] += exp2_approx(fmaf(scores[4 * g + 2 * r + e], scale, -highest));
@@ -82,40 +97,65 @@ __device__ __forceinline__ bool finish_row(const MeansMapTask& task, int32_t r, 
   return !(row.sum > 0);
 }
 
-// Pass 2: probabilities, summed to blocks of kPer by kPer means, to the map. Rows of a block lie in
-// lanes 4 and 8 apart, its columns in one lane and the next.
+// Pass 2: probabilities, summed to blocks of kPer by kPer means, to the map.
 template <int kPer>
-__device__ __forceinline__ void write_means(const MeansMapTask& task, const CoverThread& me,
-                                            int32_t column, float scale, const CoverScores& scores,
+__device__ __forceinline__ void write_means(const MeansMapTask& task, const MapThread& me,
+                                            int32_t column, float scale, CoverScores& scores,
                                             const float (&offsets)[2]) {
-  const int32_t lane = me.lane, c = lane % 4;
+  const int32_t c = me.lane % 4, odd = me.lane / 4 % 2;
+  __half* to = task.map + int64_t{me.first_row / kPer} * task.pitch + column / kPer;
+  const auto p = [&](int g, int r, int e) {
+    return exp2_approx(fmaf(scores[4 * g + 2 * r + e], scale, offsets[r]));
+  };
+  const auto put = [&](int32_t block, float low, float high) {
+    *reinterpret_cast<__half2*>(to + block) = __floats2half2_rn(low * kMapUnits, high * kMapUnits);
+  };
+  if constexpr (kPer == 1) {
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    __half* to = task.map + int64_t{(me.first_row + 8 * r) / kPer} * task.pitch + column / kPer;
-    const bool exists = offsets[r] > -INFINITY;
-    const auto put = [&](int32_t block, float sum) {
-      to[block] = __float2half_rn(sum * kMapUnits);
-    };
+    for (int g = 0; g < 16; ++g) {
+      const int32_t block = g / 2 * 16 + 4 * c + g % 2 * 2;
+      put(block, p(g, 0, 0), p(g, 0, 1));
+      put(block + task.pitch, p(g, 1, 0), p(g, 1, 1));
+    }
+  } else if constexpr (kPer == 2) {
+#pragma unroll
+    for (int g = 0; g < 16; g += 2) {
+      float sums[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        sums[h] = p(g + h, 0, 0) + p(g + h, 0, 1) + (p(g + h, 1, 0) + p(g + h, 1, 1));
+      }
+      put(g / 2 * 8 + 2 * c, sums[0], sums[1]);
+    }
+  } else {
+    // A block's other two rows are four lanes away. Lanes a pair apart put their blocks together.
     float sums[8];
 #pragma unroll
-    for (int g = 0; g < 8; ++g) {
-      float p[2];
+    for (int g = 0; g < 16; g += 2) {
+      sums[g / 2] = p(g, 0, 0) + p(g, 0, 1) + (p(g, 1, 0) + p(g, 1, 1)) +
+                    (p(g + 1, 0, 0) + p(g + 1, 0, 1) + (p(g + 1, 1, 0) + p(g + 1, 1, 1)));
+    }
+    exchange_halves<8>(sums, 4);  // 16 columns 2 k + odd
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      to[4 * (2 * k + odd) + c] = __float2half_rn(sums[k] * kMapUnits);
+    }
+  }
+}
+
+// Rows that do not exist hold anything: to make zeros of their probabilities.
+__device__ __forceinline__ void clear_missing_rows(const float (&offsets)[2], CoverScores& scores) {
+  const bool exists = offsets[0] > -INFINITY && offsets[1] > -INFINITY;
+  if (__all_sync(kWholeWarp, exists ? 1 : 0) != 0) return;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+#pragma unroll
+    for (int g = 0; g < 16; ++g) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        p[e] = exp2_approx(fmaf(scores[4 * g + 2 * r + e], scale, offsets[r]));
-        if (kPer == 1) put(8 * g + 2 * c + e, exists ? p[e] : 0);
+        float& score = scores[4 * g + 2 * r + e];
+        score = offsets[r] > -INFINITY ? score : 0;
       }
-      sums[g] = exists ? p[0] + p[1] : 0;
-    }
-    if constexpr (kPer == 4) {
-      exchange_halves<8>(sums, 1);  // g = 2 k + c % 2
-      exchange_halves<4>(sums, 4);  // k = 2 l + lane / 4 % 2
-      exchange_halves<2>(sums, 8);  // l = lane / 8 % 2
-      put(2 * (lane / 8 % 2 * 4 + lane / 4 % 2 * 2 + c % 2) + c / 2, sums[0]);
-    } else if constexpr (kPer == 2) {
-      exchange_halves<8>(sums, 4);  // g = 2 k + lane / 4 % 2
-#pragma unroll
-      for (int k = 0; k < 4; ++k) put(4 * (2 * k + lane / 4 % 2) + c, sums[k]);
     }
   }
 }
@@ -127,11 +167,11 @@ __device__ __forceinline__ void write_means(const MeansMapTask& task, const Cove
 template <typename Shape>
 __device__ inline void load_columns(const CoverSm90Params& params, int32_t load, uint32_t stage,
                                     CoverMapShared<Shape>& shared) {
-  const DeviceSequence& sequence = params.select.problem.sequences[shared.task.view.sequence];
   const int32_t tiles = shared.means.tiles, tile = load < tiles ? load : load - tiles;
-  const int64_t first = sequence.first_mean + int64_t{shared.task.kv} * sequence.n_kv;
+  const int64_t first =
+      first_key_mean(params.select, params.cover, shared.task.view.sequence, shared.task.kv);
   load_means<Shape>(params.key_means, &shared.tiles.full[stage], shared.tiles.columns[stage],
-                    static_cast<int32_t>(first * params.cover.per_block) + tile * 128);
+                    static_cast<int32_t>(first) + tile * 128);
 }
 
 // One thread; nobody reads rows or columns.
@@ -140,10 +180,11 @@ __device__ inline void start_loads(const CoverSm90Params& params, CoverRing<Shap
                                    CoverMapShared<Shape>& shared) {
   const BlockTask& task = shared.task;
   const DeviceSequence& sequence = params.select.problem.sequences[task.view.sequence];
-  const int64_t first = sequence.first_row + int64_t{task.view.head} * sequence.n_q +
-                        (task.first_block - sequence.first_q_block);
+  const int64_t first =
+      first_query_mean(params.select, params.cover, task.view.sequence, task.view.head) +
+      int64_t{task.first_block - sequence.first_q_block} * params.cover.per_block;
   load_means<Shape>(params.query_means, &shared.tiles.rows_full, shared.tiles.rows,
-                    static_cast<int32_t>(first * params.cover.per_block));
+                    static_cast<int32_t>(first));
 #pragma unroll 1
   for (int32_t load = 0; load < min(2 * shared.means.tiles, Shape::kStages); ++load) {
     load_columns(params, load, ring.stage, shared);
@@ -170,43 +211,42 @@ template <typename Shape>
 __device__ __forceinline__ bool compute_map(const CoverSm90Params& params, uint32_t rows_parity,
                                             CoverRing<Shape>& ring, CoverMapShared<Shape>& shared) {
   const MeansMapTask& task = shared.means;
-  const CoverThread me;
-  const int32_t last_row = task.first + me.group * 64 + 63;  // of the warpgroup
+  const int32_t group = same_in_warp(static_cast<int32_t>(threadIdx.x) / sm90::kWarpgroupThreads);
+  const int32_t last_row = same_in_warp(task.first) + group * 64 + 63;  // of the warpgroup
+  const int32_t tiles = same_in_warp(task.tiles);
   sm90::barrier_wait(&shared.tiles.rows_full, rows_parity);
   CoverScores scores;
-  // work(column, scale): of each 64 columns that the warpgroup's rows see some of.
+  // work(me, column, scale): of each tile that the warpgroup's rows see some of.
   const auto pass = [&](int32_t first_load, const auto& work) {
 #pragma unroll 1
-    for (int32_t tile = 0; tile < task.tiles; ++tile) {
+    for (int32_t tile = 0; tile < tiles; ++tile) {
       sm90::barrier_wait(&shared.tiles.full[ring.stage], ring.parity);
-#pragma unroll 1
-      for (int32_t half = 0; half < 2; ++half) {
-        const int32_t column = tile * 128 + half * 64;
-        const bool needed = column <= last_row;
-        if (needed) {
-          multiply_columns<Shape, 64>(shared.tiles, me.group, ring.stage, half * 64, scores);
-        }
-        if (half == 1) {
-          __syncwarp();
-          if (me.lane == 0) release_columns(params, first_load + tile, ring, shared);
-        }
-        if (!needed) continue;
-        const float scale = scale_scores(params.select.scale_log2, scores);
-        mask_means(task, me, column, scale, scores);
-        work(column, scale);
-      }
+      const int32_t column = tile * 128;
+      const bool needed = column <= last_row;
+      if (needed) multiply_columns<Shape, 128>(shared.tiles, group, ring.stage, 0, scores);
+      __syncwarp();
+      if (lane_here() == 0) release_columns(params, first_load + tile, ring, shared);
       ring.advance();
+      if (!needed) continue;
+      const float scale = scale_scores(params.select.scale_log2, scores);
+      const MapThread me;
+      mask_means(task, me, column, scale, scores);
+      work(me, column, scale);
     }
   };
   RowSum rows[2];
-  pass(0, [&](int32_t, float scale) { add_means(scale, scores, rows); });
+  pass(0, [&](const MapThread&, int32_t, float scale) { add_means(scale, scores, rows); });
+  // Pass 1 needs the means alone, which were there before the columns' kernel let this one start.
+  await_previous_kernel();
+  start_next_kernel();
   float offsets[2];
   bool bad = false;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    bad = finish_row(task, me.first_row + 8 * r, rows[r], offsets[r]) || bad;
+    bad = finish_row(task, MapThread().first_row + r, rows[r], offsets[r]) || bad;
   }
-  pass(task.tiles, [&](int32_t column, float scale) {
+  pass(tiles, [&](const MapThread& me, int32_t column, float scale) {
+    clear_missing_rows(offsets, scores);
     if (task.per_block == 4) {
       write_means<4>(task, me, column, scale, scores, offsets);
     } else if (task.per_block == 2) {
@@ -223,8 +263,6 @@ __global__ void __launch_bounds__(kCoverComputeThreads, Shape::kCtas)
     cover_map_sm90_kernel(const __grid_constant__ CoverSm90Params params) {
   static_assert(sizeof(CoverTiles<Shape>::columns) >=
                 kCoverComputeThreads / 32 * sizeof(CoverSharedWarp));
-  await_previous_kernel();
-  start_next_kernel();
   const SelectProblem& select = params.select;
   auto& shared = *reinterpret_cast<CoverMapShared<Shape>*>(shared_memory());
   const auto thread = static_cast<int32_t>(threadIdx.x);
@@ -238,7 +276,7 @@ __global__ void __launch_bounds__(kCoverComputeThreads, Shape::kCtas)
       // Each CTA begins with one of the longest tasks, and draws the others.
       shared.next_task = static_cast<int32_t>(gridDim.x + atomicAdd(params.cover.drawn, 1u));
       shared.task = BlockTask(select, params.cover.tile_blocks, t);
-      // Asked by one: other CTAs write it meanwhile.
+      // Asked by one: other CTAs write it meanwhile, and so may the kernel before.
       shared.skips = !shared.task.any || select.not_finite[shared.task.view.number] != 0;
       if (!shared.skips) {
         shared.means = MeansMapTask(select, params.cover, shared.task);
@@ -246,7 +284,7 @@ __global__ void __launch_bounds__(kCoverComputeThreads, Shape::kCtas)
       }
     }
     __syncthreads();
-    if (!shared.skips) {
+    if (same_in_warp(shared.skips ? 1 : 0) == 0) {
       const bool bad = compute_map(params, rows_parity, ring, shared);
       rows_parity ^= 1;
       if (__syncthreads_or(bad ? 1 : 0) != 0) {
@@ -258,9 +296,10 @@ __global__ void __launch_bounds__(kCoverComputeThreads, Shape::kCtas)
         sm90::fence_proxy_async();  // TMA writes there next
       }
     }
-    t = shared.next_task;
+    t = same_in_warp(shared.next_task);
     __syncthreads();
   }
+  await_previous_kernel();  // should all tasks have been skipped
 }
 
 template <typename Shape>

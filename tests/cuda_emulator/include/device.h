@@ -18,6 +18,8 @@
 #include "cuda_emulator/emulator.h"
 
 #define __launch_bounds__(...)
+#undef __maxnreg__
+#define __maxnreg__(...)
 // Nothing would poison such memory, nor count it at the launch.
 #undef __shared__
 #define __shared__ static_assert(false, "shared memory of our kernels is dynamic");
