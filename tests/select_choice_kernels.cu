@@ -74,7 +74,8 @@ static __global__ void keep_cover_kernel(const __half* scores, int32_t i, int32_
   __syncwarp();
   // Twice: the shared memory is as it was.
   for (int turn = 0; turn < 2; ++turn) {
-    const RowMass kept = keep_cover_warp(scores, i, n, rule, columns, most_asked, shared, row);
+    const RowMass kept =
+        keep_cover_warp(scores, i, n, rule, columns, most_asked, true, shared, row);
     if (threadIdx.x == 0) *mass = kept;
   }
 }
