@@ -38,6 +38,7 @@ set(flexprefill_sm90_sources
   src/select/probe_sm90_d128.cu
   src/select/probe_sm90_d192.cu
   src/select/probe_sm90_d256.cu
+  src/select/select_blocks_sm90.cu
   src/select/select_cover_sm90.cu
   src/select/select_cover_sm90_d64.cu
   src/select/select_cover_sm90_d128.cu
@@ -54,6 +55,7 @@ if(NOT FLEXPREFILL_CUDA_EMULATOR)
     src/select/probe_sm90_d128.cu
     src/select/probe_sm90_d192.cu
     src/select/probe_sm90_d256.cu
+    src/select/select_blocks_sm90.cu
     src/select/select_cover_sm90.cu
     src/select/select_cover_sm90_d64.cu
     src/select/select_cover_sm90_d128.cu

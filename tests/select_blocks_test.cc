@@ -528,6 +528,42 @@ TEST_P(SelectBlocksOn, ANaNKeepsItsHeadsDenseAndNoOther) {
   }
 }
 
+// From key block 128 on scores are e^200 times those before: sums of FlashPrefill that go by the
+// first strip of means would overflow. Of a row, the blocks of the greatest scores stay, and its
+// own.
+TEST_P(SelectBlocksOn, FlashPrefillScoresFarAboveTheFirstMeans) {
+  CaseData data({.name = "steps",
+                 .lengths = {{300, 4500}},
+                 .h_q = 2,
+                 .h_kv = 1,
+                 .d_qk = 64,
+                 .d_v = 16,
+                 .dtype = widest_dtype(GetParam()),
+                 .block_size = 32});
+  constexpr int64_t kFirst = 128;
+  for (int32_t c = 0; c < data.c.d_qk; ++c) {
+    for (int64_t i = 0; i < 300; ++i) {
+      for (const int32_t h : {0, 1}) data.set_q(0, i, h, c, c == 0 ? 8.0f : 0.0f);
+    }
+    for (int64_t j = 0; j < 4500; ++j) {
+      data.set_k(0, j, 0, c, c == 0 && j >= kFirst * 32 ? 200.0f : 0.0f);
+    }
+  }
+  const FlashPrefill pattern{
+      .alpha = 0.5f, .global_window = 0, .local_window = 32, .last_queries = 0};
+  const Selection got = run(data, pattern, GetParam());
+  const BlockGrid grid = block_grid({300, 4500}, 32);
+  for (const int32_t h : {0, 1}) {
+    EXPECT_EQ(got.head(0, h).pattern, HeadPattern::kBlockSparse);
+    for (int64_t r = 0; r < grid.n_q; ++r) {
+      const int64_t i = grid.first_q_block + r;
+      for (int64_t j = 0; j <= i; ++j) {
+        EXPECT_EQ(got.keeps(0, h, r, j), j >= kFirst) << "row " << i << " block " << j;
+      }
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Targets, SelectBlocksOn, ::testing::ValuesIn(executions(Stage::kSelect)),
                          [](const auto& param_info) { return execution_name(param_info.param); });
 

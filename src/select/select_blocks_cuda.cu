@@ -6,10 +6,12 @@
 //   block_means           FlashPrefill, MInference: means of the key blocks   block_means_cuda.cu
 //   antidiagonal_kernel   XAttention                          select_blocks_cuda_antidiagonal.cuh
 //   mean_scores_kernel    FlashPrefill                               select_blocks_cuda_means.cuh
+//                         by wgmma                                   select_blocks_sm90_means.cuh
 //   pooled_scores_kernel  MInference                                select_blocks_cuda_pooled.cuh
 //
 // Workspace at 128k tokens, 32 / 8 heads of 128, blocks of 128, on 132 multiprocessors: XAttention
-// 71 MB (4.4 % of q, k and v), FlashPrefill 4 MB and 2 MB of means, MInference 35 MB and 4 MB.
+// 71 MB (4.4 % of q, k and v), FlashPrefill 4 MB (2 by wgmma) and 2 MB of means, MInference 35 MB
+// and 4 MB.
 #include "select/select_blocks_cuda.h"
 
 #include <algorithm>
@@ -23,6 +25,7 @@
 #include "select/select_blocks_cuda_antidiagonal.cuh"
 #include "select/select_blocks_cuda_means.cuh"
 #include "select/select_blocks_cuda_pooled.cuh"
+#include "select/select_blocks_sm90.h"
 #include "select/select_rows.h"
 
 namespace flexprefill {
@@ -58,23 +61,25 @@ HeadRule head_rule(const MInferenceHead& head, int64_t block_size) {
 }
 
 // Query blocks of a task.
-int32_t tile_blocks(const Problem& problem, const Pattern& pattern) {
+int32_t tile_blocks(const Problem& problem, const Pattern& pattern, bool sm90) {
   if (const auto* antidiagonal = std::get_if<XAttention>(&pattern)) {
     return AntidiagonalTile::kRows * antidiagonal->stride / problem.block_size;
   }
-  if (std::holds_alternative<FlashPrefill>(pattern)) return MeansTile::kRows / problem.block_size;
+  if (std::holds_alternative<FlashPrefill>(pattern)) {
+    return (sm90 ? mean_scores_sm90_rows(problem) : MeansTile::kRows) / problem.block_size;
+  }
   return kPooledRows;
 }
 
 // CTAs that a multiprocessor runs at once.
-int64_t ctas_per_multiprocessor(const Pattern& pattern) {
-  return std::holds_alternative<XAttention>(pattern) ? 1 : 2;
+int64_t ctas_per_multiprocessor(const Pattern& pattern, bool sm90) {
+  return std::holds_alternative<XAttention>(pattern) || sm90 ? 1 : 2;
 }
 
-int64_t task_count(const Problem& problem, const Pattern& pattern) {
+int64_t task_count(const Problem& problem, const Pattern& pattern, bool sm90) {
   int64_t most = 0;
   for (const BlockGrid& grid : problem.grids) most = std::max(most, grid.n_q);
-  return ceil_div(most, tile_blocks(problem, pattern)) * problem.b() * problem.h_q;
+  return ceil_div(most, tile_blocks(problem, pattern, sm90)) * problem.b() * problem.h_q;
 }
 
 template <typename Element>
@@ -82,7 +87,7 @@ void launch_scores(const Pattern& pattern, const SelectProblem& select, BlockSco
                    int64_t ctas, void* stream) {
   const int32_t d = select.problem.d_qk;
   const dim3 grid(static_cast<uint32_t>(std::min<int64_t>(ctas, scores.tasks)));
-  const int64_t resident = ctas_per_multiprocessor(pattern);
+  const int64_t resident = ctas_per_multiprocessor(pattern, false);
   if (std::holds_alternative<XAttention>(pattern)) {
     constexpr size_t kBeside = sizeof(AntidiagonalShared);
     scores.stages = ring_stages<AntidiagonalTile>(d, kBeside, resident);
@@ -109,8 +114,8 @@ HeadKinds::HeadKinds(const Problem& problem, const Pattern& pattern)
   }
 }
 
-BlockScoreMemory lay_out_block_scores(const Problem& problem, const Pattern& pattern, Arena& arena,
-                                      SelectProblem& select) {
+BlockScoreMemory lay_out_block_scores(const Problem& problem, const Pattern& pattern, bool hopper,
+                                      Arena& arena, SelectProblem& select) {
   BlockScoreMemory memory;
   const HeadKinds kinds(problem, pattern);
   if (kinds.differ) select.rules = arena.take<HeadRule>(problem.h_q);
@@ -123,14 +128,18 @@ BlockScoreMemory lay_out_block_scores(const Problem& problem, const Pattern& pat
     s_kv = std::max(s_kv, problem.lengths[s].s_kv);
     mean_rows += problem.h_kv * problem.grids[s].n_kv;
   }
-  memory.pitch = static_cast<int32_t>(n_kv);
-  memory.ctas = std::min(task_count(problem, pattern),
-                         ctas_per_multiprocessor(pattern) * device_info().multiprocessors);
+  const bool elements = std::holds_alternative<FlashPrefill>(pattern);
+  memory.sm90 = hopper && elements && mean_scores_sm90_takes(problem);
+  memory.pitch = memory.sm90 ? mean_scores_sm90_pitch(n_kv) : static_cast<int32_t>(n_kv);
+  memory.ctas =
+      std::min(task_count(problem, pattern, memory.sm90),
+               ctas_per_multiprocessor(pattern, memory.sm90) * device_info().multiprocessors);
   if (const auto* antidiagonal = std::get_if<XAttention>(&pattern)) {
     memory.scratch_floats = antidiagonal_scratch(n_kv, s_kv, antidiagonal->stride);
   } else {
-    const bool elements = std::holds_alternative<FlashPrefill>(pattern);
-    memory.scratch_floats = elements ? means_scratch(memory.pitch) : pooled_scratch(n_kv);
+    memory.scratch_floats = memory.sm90 ? mean_scores_sm90_scratch(problem, memory.pitch)
+                            : elements  ? means_scratch(memory.pitch)
+                                        : pooled_scratch(n_kv);
     memory.k_means = arena.take<std::byte>(mean_rows * problem.d_qk *
                                            (elements ? sizeof(uint16_t) : sizeof(float)));
   }
@@ -156,12 +165,12 @@ void write_head_rules(const Problem& problem, const Pattern& pattern, const Sele
 
 void select_by_blocks(const Problem& problem, const Pattern& pattern, const SelectProblem& select,
                       const BlockScoreMemory& memory, void* stream) {
-  const int64_t tasks = task_count(problem, pattern);
+  const int64_t tasks = task_count(problem, pattern, memory.sm90);
   grid_of(tasks);  // numbers that fit
   BlockScores scores{.k_means = memory.k_means,
                      .scratch = memory.scratch,
                      .scratch_floats = memory.scratch_floats,
-                     .tile_blocks = tile_blocks(problem, pattern),
+                     .tile_blocks = tile_blocks(problem, pattern, memory.sm90),
                      .tasks = static_cast<int32_t>(tasks),
                      .stages = 0,
                      .pitch = memory.pitch,
@@ -175,7 +184,9 @@ void select_by_blocks(const Problem& problem, const Pattern& pattern, const Sele
     block_means(select.problem, select.problem.k, problem.d_qk,
                 means != nullptr ? MeanType::kElement : MeanType::kFloat, memory.k_means, stream);
   }
-  if (problem.dtype == DType::kBFloat16) {
+  if (memory.sm90) {
+    mean_scores_sm90(problem, select, scores, memory.ctas, stream);
+  } else if (problem.dtype == DType::kBFloat16) {
     launch_scores<__nv_bfloat16>(pattern, select, scores, memory.ctas, stream);
   } else {
     launch_scores<__half>(pattern, select, scores, memory.ctas, stream);

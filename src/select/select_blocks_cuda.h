@@ -26,11 +26,13 @@ struct BlockScoreMemory {
   float* scratch = nullptr;
   int64_t ctas = 0, scratch_floats = 0;
   int32_t pitch = 0;
+  bool sm90 = false;  // scores by wgmma
 };
 // Takes the memory from the arena, also that of select.rules and select.not_finite; nothing for
-// patterns that need none. When the arena counts, fields of `select` become nullptr.
-BlockScoreMemory lay_out_block_scores(const Problem& problem, const Pattern& pattern, Arena& arena,
-                                      SelectProblem& select);
+// patterns that need none. When the arena counts, fields of `select` become nullptr. hopper: the
+// device has wgmma and TMA, and the caller lets them be used.
+BlockScoreMemory lay_out_block_scores(const Problem& problem, const Pattern& pattern, bool hopper,
+                                      Arena& arena, SelectProblem& select);
 
 // Both on the stream, in this order: fills select.rules; writes the rows of every head of
 // Kind::kBlocks that has scores, and select.not_finite.

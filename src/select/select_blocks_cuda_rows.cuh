@@ -23,6 +23,9 @@ __device__ inline int32_t lane_here() {
   return lane;
 }
 
+// Of a number that all threads of a warp read: the compiler knows then that they stay together.
+__device__ inline int32_t same_in_warp(int32_t x) { return __shfl_sync(kWholeWarp, x, 0); }
+
 template <typename T, typename Combine>
 __device__ T combine_warp(T value, const Combine& combine) {
   for (int lanes = 16; lanes > 0; lanes /= 2) {
@@ -45,6 +48,19 @@ __device__ inline uint64_t sum_warp_u64(uint64_t value) {
 template <typename T>
 __device__ T max_warp(T value) {
   return combine_warp(value, [](T a, T b) { return a < b ? b : a; });
+}
+
+// values[2 k] and values[2 k + 1] of this lane and of the one `bit` away: the lane without the bit
+// gets the sums of the even ones, the other those of the odd ones.
+template <int kSize>
+__device__ inline void exchange_halves(float* values, int bit) {
+  const bool odd = (threadIdx.x & bit) != 0;
+#pragma unroll
+  for (int k = 0; k < kSize / 2; ++k) {
+    const float keep = odd ? values[2 * k + 1] : values[2 * k];
+    const float give = odd ? values[2 * k] : values[2 * k + 1];
+    values[k] = keep + __shfl_xor_sync(kWholeWarp, give, bit);
+  }
 }
 
 // fixed_mass of x < 2^24 by whole numbers: cards have few units for double precision.

@@ -161,19 +161,6 @@ __device__ inline bool finish_row_sums(const MeansMapTask& task, MapShared& shar
   return __syncthreads_count(exists && !(row.sum > 0) ? 1 : 0) == 0;
 }
 
-// values[2 k] and values[2 k + 1] of this lane and of the one `bit` away: the lane without the bit
-// gets the sums of the even ones, the other those of the odd ones.
-template <int kSize>
-__device__ inline void exchange_halves(float* values, int bit) {
-  const bool odd = (threadIdx.x & bit) != 0;
-#pragma unroll
-  for (int k = 0; k < kSize / 2; ++k) {
-    const float keep = odd ? values[2 * k + 1] : values[2 * k];
-    const float give = odd ? values[2 * k] : values[2 * k + 1];
-    values[k] = keep + __shfl_xor_sync(kWholeWarp, give, bit);
-  }
-}
-
 // Pass 2 of a tile: its probabilities, summed to blocks of kPer by kPer means, to the map.
 template <int kPer>
 __device__ inline void write_map_tile(const MeansMapTask& task, const TileThread& me, int32_t tile,

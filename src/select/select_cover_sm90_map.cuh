@@ -33,9 +33,6 @@ struct MapThread {
 
 using CoverScores = float[64];
 
-// Of a number that all threads of a warp read: the compiler knows then that they stay together.
-__device__ inline int32_t same_in_warp(int32_t x) { return __shfl_sync(kWholeWarp, x, 0); }
-
 // Means of keys that a row does not see become -inf; a ragged last one counts by its tokens.
 // column: the tile's first.
 __device__ __forceinline__ void mask_means(const MeansMapTask& task, const MapThread& me,

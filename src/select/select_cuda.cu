@@ -335,7 +335,7 @@ void select_cuda(const DeviceProblem& device, const Problem& problem, const Patt
       Arena counter = before;
       Plan plan(problem, pattern, true, sm90);
       SelectProblem select = lay_out(device, problem, pattern, plan, counter);
-      lay_out_block_scores(problem, pattern, counter, select);
+      lay_out_block_scores(problem, pattern, sm90, counter, select);
       lay_out_cover(problem, pattern, plan, counter, select);
       if (counter.bytes() > arena.bytes()) arena = counter;
     }
@@ -345,7 +345,7 @@ void select_cuda(const DeviceProblem& device, const Problem& problem, const Patt
   const bool sm90 = hopper && probe_sm90_takes(problem);
   Plan plan(problem, pattern, audit != nullptr, sm90);
   SelectProblem select = lay_out(device, problem, pattern, plan, arena);
-  const BlockScoreMemory blocks = lay_out_block_scores(problem, pattern, arena, select);
+  const BlockScoreMemory blocks = lay_out_block_scores(problem, pattern, hopper, arena, select);
   const CoverMemory cover = lay_out_cover(problem, pattern, plan, arena, select);
   select.q_aligned = rows_on_16_bytes(device.q);
   select.k_aligned = rows_on_16_bytes(device.k);
