@@ -547,7 +547,7 @@ __device__ void finish_probe_softmax(const SelectProblem& select, const ProbeSm9
     if (thread % 32 == 0) extra.dead[h][row / 32] = dead ? 1 : 0;
   }
   sm90::named_barrier_sync(4, kThreads);
-  if (task.first_chunk != 0 || thread >= Shape::kHeads) return;
+  if (task.first_chunk != 0 || thread >= task.heads(select)) return;
   const uint32_t (&dead)[4] = extra.dead[thread];
   select.dead[task.sequence * select.problem.h_q + task.head(select, thread)] =
       static_cast<uint8_t>(dead[0] | dead[1] | dead[2] | dead[3]);

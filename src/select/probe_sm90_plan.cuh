@@ -118,6 +118,10 @@ struct ProbeSm90Task {
   __device__ int32_t head(const SelectProblem& select, int32_t h) const {
     return select.problem.q_head(kv, min(slice * Shape::kHeads + h, select.problem.group() - 1));
   }
+  // Of its kHeads, those that are not the last one of the group again.
+  __device__ int32_t heads(const SelectProblem& select) const {
+    return min(Shape::kHeads, select.problem.group() - slice * Shape::kHeads);
+  }
 };
 
 // A stream's chunk of keys.
