@@ -3,6 +3,7 @@
 #define FLEXPREFILL_SRC_CUDA_TENSOR_MAP_CUH_
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
 
 #include "cuda/sm90.cuh"
@@ -52,6 +53,17 @@ inline TensorMap make_tensor_map(const TensorView& view, int32_t d, int32_t box_
     shape.strides[i] = static_cast<uint64_t>(stride) * 2;
   }
   return make_tensor_map(shape);
+}
+
+// Boxes of box_rows rows by 64 columns of [rows, d] without gaps, d a multiple of 8.
+inline TensorMap make_rows_map(const std::byte* data, DType dtype, int64_t rows, int32_t d,
+                               int32_t box_rows) {
+  const uint64_t row_bytes = static_cast<uint64_t>(d) * 2;
+  return make_tensor_map({.data = data,
+                          .sizes = {static_cast<uint64_t>(d), static_cast<uint64_t>(rows), 1, 1},
+                          .strides = {row_bytes, row_bytes, row_bytes},
+                          .box_rows = static_cast<uint32_t>(box_rows),
+                          .bfloat16 = dtype == DType::kBFloat16});
 }
 
 }  // namespace flexprefill::sm90

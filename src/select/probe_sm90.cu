@@ -11,6 +11,7 @@
 #include "math.h"
 #include "select/probe_sm90.h"
 #include "select/probe_sm90_plan.cuh"
+#include "select/select_sm90_shapes.h"
 
 namespace flexprefill {
 namespace {
@@ -22,29 +23,13 @@ constexpr int64_t kCtaCost = 1;
 // Calls f.operator()<Shape>() with the kernels for the call's element type, head dim and group.
 template <typename F>
 void dispatch_shape(const Problem& problem, F&& f) {
-  const auto with_dim = [&]<typename Element, int kDim> {
+  dispatch_sm90(problem, [&]<typename Element, int kDim> {
     if (kDim == 256 || problem.group() == 1) {
       f.template operator()<ProbeShape<Element, kDim, 1>>();
     } else {
       f.template operator()<ProbeShape<Element, kDim, kDim == 256 ? 1 : 2>>();
     }
-  };
-  const auto with_type = [&]<typename Element> {
-    if (problem.d_qk <= 64) {
-      with_dim.template operator()<Element, 64>();
-    } else if (problem.d_qk <= 128) {
-      with_dim.template operator()<Element, 128>();
-    } else if (problem.d_qk <= 192) {
-      with_dim.template operator()<Element, 192>();
-    } else {
-      with_dim.template operator()<Element, 256>();
-    }
-  };
-  if (problem.dtype == DType::kBFloat16) {
-    with_type.template operator()<__nv_bfloat16>();
-  } else {
-    with_type.template operator()<__half>();
-  }
+  });
 }
 
 }  // namespace

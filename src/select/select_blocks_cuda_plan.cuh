@@ -2,6 +2,7 @@
 #ifndef FLEXPREFILL_SRC_SELECT_SELECT_BLOCKS_CUDA_PLAN_CUH_
 #define FLEXPREFILL_SRC_SELECT_SELECT_BLOCKS_CUDA_PLAN_CUH_
 
+#include <cfloat>
 #include <cstddef>
 #include <cstdint>
 
@@ -62,6 +63,21 @@ struct BlockTask {
                sequence.words_per_row;
   }
 };
+
+// The scores of a thread, multiplied by the scale unless it is above 0: then exponentials do that.
+template <int kScores>
+__device__ inline float scale_scores(float scale, float (&scores)[kScores]) {
+  if (scale > 0) return scale;
+#pragma unroll
+  for (float& score : scores) score *= scale;
+  return 1;
+}
+
+// The greatest in units of log2 that exponentials can be relative to: `scale` times a score may not
+// be finite.
+__device__ inline float scaled_max(float highest, float scale) {
+  return fmaxf(highest * scale, -FLT_MAX);
+}
 
 }  // namespace flexprefill
 

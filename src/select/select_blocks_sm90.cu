@@ -5,6 +5,7 @@
 #include "cuda/tensor_map.cuh"
 #include "math.h"
 #include "select/select_blocks_sm90_means.cuh"
+#include "select/select_sm90_shapes.h"
 
 namespace flexprefill {
 namespace {
@@ -12,22 +13,9 @@ namespace {
 // Calls f.operator()<Shape>() with the kernel for the call's element type and head dim.
 template <typename F>
 void dispatch_shape(const Problem& problem, F&& f) {
-  const auto with_type = [&]<typename Element> {
-    if (problem.d_qk <= 64) {
-      f.template operator()<MeansShape<Element, 64>>();
-    } else if (problem.d_qk <= 128) {
-      f.template operator()<MeansShape<Element, 128>>();
-    } else if (problem.d_qk <= 192) {
-      f.template operator()<MeansShape<Element, 192>>();
-    } else {
-      f.template operator()<MeansShape<Element, 256>>();
-    }
-  };
-  if (problem.dtype == DType::kBFloat16) {
-    with_type.template operator()<__nv_bfloat16>();
-  } else {
-    with_type.template operator()<__half>();
-  }
+  dispatch_sm90(problem, [&]<typename Element, int kDim> {
+    f.template operator()<MeansShape<Element, kDim>>();
+  });
 }
 
 }  // namespace
@@ -56,14 +44,8 @@ void mean_scores_sm90(const Problem& problem, const SelectProblem& select,
   params.scores = scores;
   params.q_packed = problem.q_view.rank == 3 ? 1 : 0;
   params.queries = sm90::make_tensor_map(problem.q_view, problem.d_qk, 128);
-  const uint64_t row_bytes = static_cast<uint64_t>(problem.d_qk) * 2;
-  params.means =
-      sm90::make_tensor_map({.data = scores.k_means,
-                             .sizes = {static_cast<uint64_t>(problem.d_qk),
-                                       static_cast<uint64_t>(select.problem.mean_rows), 1, 1},
-                             .strides = {row_bytes, row_bytes, row_bytes},
-                             .box_rows = kStripMeans,
-                             .bfloat16 = problem.dtype == DType::kBFloat16});
+  params.means = sm90::make_rows_map(scores.k_means, problem.dtype, select.problem.mean_rows,
+                                     problem.d_qk, kStripMeans);
   dispatch_shape(problem, [&]<typename Shape> {
     static_assert(sizeof(MeansShared<Shape>) <= 232448);
     launch_overlapped(mean_scores_sm90_kernel<Shape>, dim3(grid_of(ctas)), dim3(Shape::kThreads),

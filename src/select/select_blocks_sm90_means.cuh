@@ -20,7 +20,6 @@
 #include "cuda/sm90.cuh"
 #include "select/select_blocks_cuda_plan.cuh"
 #include "select/select_blocks_cuda_rows.cuh"
-#include "select/select_cover_sm90_tiles.cuh"
 
 namespace flexprefill {
 

@@ -137,8 +137,8 @@ __device__ inline void pool_near_rows(const SelectProblem& select, const CoverPa
     if (first >= end) return;
     if (nth % 32 == 0 && unit == 0) {
       const int64_t number = first + int64_t{lane} * step;
-      mine =
-          number < end ? find_mean(select, p, of_keys, static_cast<int32_t>(number)) : PooledMean{};
+      mine = number < end ? find_mean(select, p, of_keys, static_cast<uint32_t>(number))
+                          : PooledMean{};
     }
     next.n = __shfl_sync(kWholeWarp, mine.n, nth % 32);
     const int32_t own = unit + 2 * (lane % 4) + lane / 4;

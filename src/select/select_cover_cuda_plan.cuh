@@ -76,7 +76,7 @@ struct CoverHead {
   }
 };
 
-// The scores of a thread, multiplied by the scale unless it is above 0: then exponentials do that.
+// As scale_scores of select_blocks_cuda_plan.cuh.
 __device__ inline float scale_scores(float scale, TileScores& x) {
   if (scale > 0) return scale;
 #pragma unroll
@@ -96,12 +96,6 @@ __device__ inline float& score_at(TileScores& x, int r, int n, int e) {
 }
 __device__ inline int32_t row_at(const TileThread& me, int r) {
   return me.row0 + 16 * (r / 2) + 8 * (r % 2);
-}
-
-// The greatest of x and y in units of log2 that exponentials can be relative to: `scale` times a
-// score may not be finite.
-__device__ inline float scaled_max(float highest, float scale) {
-  return fmaxf(highest * scale, -FLT_MAX);
 }
 
 // max and sum of exp2(score - max) of several parts of a row, put together.

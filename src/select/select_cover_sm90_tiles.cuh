@@ -113,15 +113,6 @@ __device__ __forceinline__ void multiply_columns(const CoverTiles<Shape>& tiles,
   sm90::wgmma_pin(scores);
 }
 
-// As scale_scores of select_cover_cuda_plan.cuh.
-template <int kScores>
-__device__ inline float scale_scores(float scale, float (&scores)[kScores]) {
-  if (scale > 0) return scale;
-#pragma unroll
-  for (float& score : scores) score *= scale;
-  return 1;
-}
-
 // Over the four lanes that have a row.
 __device__ inline float max_quad(float x) {
   x = fmaxf(x, __shfl_xor_sync(kWholeWarp, x, 1));
