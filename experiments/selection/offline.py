@@ -108,6 +108,9 @@ def main() -> None:
     p.add_argument("--out", type=Path, required=True)
     a = p.parse_args()
     variants = rules.read_variants(a.variants)
+    for text in variants:
+        if rules.Variant(text).block_size != rules.B:
+            p.error(f"{text}: expected blocks of {rules.B}")
     model = lm.Model(a.model, "cpu", torch.float32)
     figures: dict[str, list[dict[str, Any]]] = {text: [] for text in variants}
     for prompt, _, entry in lm.load_tasks(a.tasks):

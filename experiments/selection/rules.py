@@ -6,8 +6,10 @@ A variant is a string, name[:key=value[,key=value...]]:
   map:decide=row,rows=64   what was tried for BlockCover: MAP_OPTIONS
   flex flash xattn stream  the library's patterns once more in torch, for runs without it
 
-kept(q, k, s) gives bool [b, h, n, n] on blocks of 128; q [b, h, s_pad, d], k [b, h_kv, s_pad, d],
-s_pad a multiple of 128; rows from s on are padding.
+Each also takes block_size=64 (or 32): the tokens of a block, 128 unless given.
+
+kept(q, k, s) gives bool [b, h, n, n] on blocks of B; q [b, h, s_pad, d], k [b, h_kv, s_pad, d],
+s_pad a multiple of B; rows from s on are padding.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-B = 128
+B = 128  # tokens of a block; score.py sets it to that of the variant it runs
 
 
 def causal(n: int, device: torch.device) -> Tensor:
@@ -171,7 +173,7 @@ def calibrated(p: Tensor, x: Tensor, rows: Tensor, forced: Tensor, g: float, sta
     else:
         y = p
     block = rows // B
-    fr = forced[block].expand(x.shape)
+    fr = forced[..., block, :].expand(x.shape)
     key = torch.where(fr, 1e9, y[:, :, block]).masked_fill(~low[block], -1.0).flatten(2)
     order = key.argsort(dim=-1, descending=True, stable=True)
     sorted_y, mass = key.gather(-1, order), x.flatten(2).gather(-1, order)
@@ -190,6 +192,8 @@ MAP_OPTIONS: dict[str, Any] = {
     # (a threshold that is set on crows exact rows), none; the forced diagonals; one selection for
     # the heads of a K/V head (mean, max, union).
     "decide": "flat", "g": 0.85, "crows": 0, "stat": "p", "local": 2, "group": "",
+    # The next diagonal too, where a sub-row has this share of its map there (0: as the rest).
+    "near": 0.0,
     # Key blocks raised by what the asking rows have there over what the map says, at most so much.
     "lift": 0.0,
     # Columns: max or mean over the asking rows, each row its own, none; the share c; the rows;
@@ -222,6 +226,11 @@ def map_kept(q: Tensor, k: Tensor, s: int, o: dict[str, Any]) -> Tensor:
             p = p / p.sum(-1, keepdim=True)
         if o["group"] in ("max", "mean"):
             p = share_group(p, k.shape[1], o["group"])
+        if o["near"]:
+            peak = pooled_map(q, k, s, o | {"agg": "max"})
+            next_ = near(n, dev, o["local"] + 1) & ~forced
+            forced = forced | next_ & (peak >= o["near"])
+            kept |= forced
         p = p.masked_fill(~low, 0.0)
         p[:, :, last + 1 :] = 0
         if o["decide"] in ("flat", "row"):
@@ -372,6 +381,7 @@ class Variant:
         self.text, self.pattern = text, None
         name, _, rest = text.partition(":")
         pairs = dict(part.split("=") for part in rest.split(",")) if rest else {}
+        self.block_size = int(pairs.pop("block_size", 128))
         if name in RULES:
             self.rule, defaults = RULES[name]
             unknown = set(pairs) - set(defaults)

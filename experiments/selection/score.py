@@ -59,8 +59,10 @@ class Run:
     """One batch under one variant (None: dense)."""
 
     def __init__(self, model: lm.Model, text: str | None, s: int):
-        self.model, self.s, self.pad = model, s, -s % rules.B
         self.variant = None if text is None else rules.Variant(text)
+        if self.variant:
+            rules.B = self.variant.block_size
+        self.model, self.s, self.pad = model, s, -s % rules.B
         self.cache: list[tuple[Tensor, Tensor]] = []
         self.density: list[Tensor] = []
 

@@ -1,6 +1,6 @@
 """Prompts of exact lengths in one model's tokens: OUT_dev.npz and OUT_test.npz.
 
-  python tasks.py --model FOLDER --texts TEXTS --out qwen [--longest 32768]
+  python tasks.py --model FOLDER --texts TEXTS --out qwen [--longest 32768] [--samples 16]
 
 *dev* chooses, *test* checks: other books, other seeds, four more tasks. The lengths have two ragged
 ends and one that is a multiple of 128.
@@ -170,6 +170,7 @@ def main() -> None:
     p.add_argument("--texts", type=Path, required=True)
     p.add_argument("--out", required=True)
     p.add_argument("--longest", type=int, default=32768)
+    p.add_argument("--samples", type=int, help="of each kind and length, instead of SAMPLES")
     a = p.parse_args()
     tokenizer = Tokenizer.from_file(str(a.model / "tokenizer.json"))
 
@@ -186,7 +187,8 @@ def main() -> None:
         tokens: Ids = []
         index: list[dict[str, Any]] = []
         for length, n in LENGTHS.items():
-            for sample in range(SAMPLES[split][length] if length <= a.longest else 0):
+            samples = a.samples or SAMPLES[split][length]
+            for sample in range(samples if length <= a.longest else 0):
                 for kind in KINDS[split]:
                     rng = random.Random(f"{split}/{kind}/{length}/{sample}")
                     prompt, answer, span = Maker(encode, paragraphs, rng).make(kind, n)
