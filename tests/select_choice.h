@@ -45,14 +45,14 @@ struct TakenOnDevice {
 TakenOnDevice take_on_device(const std::vector<float>& x, Weight weight, uint64_t limit);
 
 // The rules of block_rules.h by a warp. scores [i + 1]; the row's words, of n blocks.
-enum class RowRule { kReaching, kAbove, kBest, kCover };
+enum class RowRule { kReaching, kAbove, kBest, kBestEntries, kCover };
 struct RowInput {
   RowRule rule = RowRule::kReaching;
   std::vector<float> scores;
   int64_t n = 0;
   float threshold = 0;     // kReaching
   FlashPrefillRule above;  // kAbove
-  int64_t count = 0;       // kBest
+  int64_t count = 0;       // kBest, kBestEntries
   BlockCoverRule cover;    // kCover, and the columns [words], empty: none, with their masses [n]
   std::vector<uint64_t> columns;
   std::vector<float> most_asked;

@@ -52,6 +52,18 @@ class DeviceArrays {
   std::vector<void*> arrays_;
 };
 
+template <int kEntries>
+__device__ void keep_best_of(const float* scores, int32_t i, int32_t n, int64_t count,
+                             uint64_t* row) {
+  float x[kEntries];
+#pragma unroll
+  for (int e = 0; e < kEntries; ++e) {
+    const int32_t j = lane_here() + 32 * e;
+    x[e] = j <= i ? scores[j] : 0;
+  }
+  keep_best_entries(x, i, n, count, row);
+}
+
 static __global__ void keep_row_kernel(RowRule rule, const float* scores, int64_t i, int64_t n,
                                        float threshold, FlashPrefillRule above, int64_t count,
                                        uint64_t* row) {
@@ -59,6 +71,13 @@ static __global__ void keep_row_kernel(RowRule rule, const float* scores, int64_
     keep_reaching_warp(scores, i, n, threshold, row);
   } else if (rule == RowRule::kAbove) {
     keep_above_warp(scores, i, n, above, row);
+  } else if (rule == RowRule::kBestEntries) {
+    const auto blocks = static_cast<int32_t>(n), last = static_cast<int32_t>(i);
+    if (i < 32 * 8) {
+      keep_best_of<8>(scores, last, blocks, count, row);
+    } else {
+      keep_best_of<32>(scores, last, blocks, count, row);
+    }
   } else {
     keep_best_warp(scores, i, n, count, row);
   }

@@ -164,7 +164,7 @@ TEST_F(SelectChoice, KeepsTheSameBlocksOfAMap) {
 TEST_F(SelectChoice, AWarpKeepsTheSameBlocksOfARow) {
   std::mt19937 random(4);
   Histogram histogram;
-  for (const int64_t size : {1, 2, 3, 31, 64, 65, 500, 1300}) {
+  for (const int64_t size : {1, 2, 3, 31, 64, 65, 256, 500, 1024, 1300}) {
     for (const int kind : {0, 1, 2, 3}) {
       RowInput input;
       input.scores =
@@ -195,11 +195,13 @@ TEST_F(SelectChoice, AWarpKeepsTheSameBlocksOfARow) {
           check("above " + std::to_string(alpha));
         }
       }
-      input.rule = RowRule::kBest;
       for (const int64_t count : {int64_t{0}, int64_t{1}, int64_t{2}, size / 2, size - 1, size}) {
         input.count = count;
         keep_best(input.scores.data(), i, input.n, count, &histogram, want.data());
+        input.rule = RowRule::kBest;
         check("best " + std::to_string(count));
+        input.rule = RowRule::kBestEntries;
+        if (size <= 1024) check("best of entries " + std::to_string(count));
       }
     }
   }

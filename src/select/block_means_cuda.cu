@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kMeansThreads, 4)
   const int64_t at = (sequence.first_mean + static_cast<int64_t>(kv) * sequence.n_kv + block) * d;
   const bool paged = problem.page_table != nullptr;
   const std::byte* row = paged ? nullptr : problem.kv_row(rows, s, kv, first);
-  mean_rows_cta<Element, kMeansThreads>(
+  mean_rows_cta<Element, kMeansThreads, 4>(
       n, d, aligned, shared.partial, as_float ? reinterpret_cast<float*>(to) + at : shared.mean,
       [&](int32_t i) {
         return paged ? problem.kv_row(rows, s, kv, first + i) : row + i * rows.row_stride * 2;

@@ -23,6 +23,7 @@ struct HeadKinds {
 
 struct BlockScoreMemory {
   std::byte* k_means = nullptr;
+  float* q_means = nullptr;
   float* scratch = nullptr;
   int64_t ctas = 0, scratch_floats = 0;
   int32_t pitch = 0;

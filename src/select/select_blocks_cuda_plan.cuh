@@ -14,7 +14,8 @@ namespace flexprefill {
 struct BlockScores {
   // [mean_rows, d] as block_means writes them: FlashPrefill elements, MInference floats.
   const std::byte* k_means;
-  float* scratch;  // [CTAs, scratch_floats]
+  const float* q_means;  // [index_rows, d]: MInference
+  float* scratch;        // [CTAs, scratch_floats]
   int64_t scratch_floats;
   int32_t tile_blocks;  // query blocks of a task
   int32_t tasks;        // some of them gaps
@@ -35,8 +36,12 @@ struct BlockTask {
   int32_t first_row;            // where it begins, in queries of the sequence; may be negative
   bool any;
 
-  // tile_blocks: query blocks of a task.
-  __device__ BlockTask(const SelectProblem& select, int32_t tile_blocks, int32_t task) {
+  // tile_blocks: query blocks of a task, or a function that says it of a DeviceSequence.
+  __device__ BlockTask(const SelectProblem& select, int32_t tile_blocks, int32_t task)
+      : BlockTask(select, task, [&](const DeviceSequence&) { return tile_blocks; }) {}
+  template <typename TileBlocks>
+  __device__ BlockTask(const SelectProblem& select, int32_t task,
+                       const TileBlocks& tile_blocks_of) {
     const DeviceProblem& problem = select.problem;
     const int32_t turn = task % problem.h_q;
     int32_t rest = task / problem.h_q;
@@ -46,6 +51,7 @@ struct BlockTask {
     const int32_t head = problem.q_head(kv, turn % problem.group());
     view = {s, head, s * problem.h_q + head};
     const DeviceSequence& sequence = problem.sequences[s];
+    const int32_t tile_blocks = tile_blocks_of(sequence);
     const int32_t tiles = (sequence.n_q + tile_blocks - 1) / tile_blocks;
     const int32_t first = (tiles - 1 - rest) * tile_blocks;
     any = rest < tiles && select.sequences[s].probed != 0 &&
@@ -55,12 +61,17 @@ struct BlockTask {
     first_row = first_block * problem.block_size - sequence.first_position();
   }
 
-  // The words of query block i (absolute).
+  // Of query block i (absolute) among the rows of the call.
+  __device__ int64_t row_number(const SelectProblem& select, int32_t i) const {
+    const DeviceSequence& sequence = select.problem.sequences[view.sequence];
+    return sequence.first_row + int64_t{view.head} * sequence.n_q + i - sequence.first_q_block;
+  }
+
+  // The words of query block i.
   __device__ uint64_t* row(const SelectProblem& select, int32_t i) const {
     const DeviceSequence& sequence = select.problem.sequences[view.sequence];
     return select.bits + sequence.first_word +
-           (static_cast<int64_t>(view.head) * sequence.n_q + i - sequence.first_q_block) *
-               sequence.words_per_row;
+           (row_number(select, i) - sequence.first_row) * sequence.words_per_row;
   }
 };
 

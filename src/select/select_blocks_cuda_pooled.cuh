@@ -1,7 +1,8 @@
 // Scores of MInference's block-sparse heads: softmax over the key blocks of
-// scale * mean(q block) . mean(k block), in fp32 throughout. A CTA makes the means of 32 query
-// blocks in shared memory and walks over tiles of 128 means of keys; logits go to the scratch
-// [32, n_kv], and a warp a row makes the softmax and decides. What bounds it: reading Q once.
+// scale * mean(q block) . mean(k block), in fp32 throughout. A kernel makes the means of query
+// blocks, which reads Q once; in the next one a CTA takes those of 32 blocks and walks over tiles
+// of 128 means of keys; logits go to the scratch [32, n_kv], and a warp a row makes the softmax and
+// decides.
 #ifndef FLEXPREFILL_SRC_SELECT_SELECT_BLOCKS_CUDA_POOLED_CUH_
 #define FLEXPREFILL_SRC_SELECT_SELECT_BLOCKS_CUDA_POOLED_CUH_
 
@@ -19,30 +20,43 @@ constexpr int kPooledMostDim = 256;
 
 struct PooledShared {
   float q[kPooledRows * (kPooledMostDim + 4)];
-  union {
-    float k[kPooledColumns * kPooledPitch];
-    float partial[kPooledThreads * 8];
-  };
+  float k[kPooledColumns * kPooledPitch];
 };
 
 inline int64_t pooled_scratch(int64_t n_kv) { return kPooledRows * n_kv; }
 
-// The means of the task's query blocks.
+// Beside the means of keys. CTA: a query block of a head.
+constexpr int kQueryMeansThreads = 256;
 template <typename Element>
-__device__ inline void pool_queries(const SelectProblem& select, const BlockTask& task,
-                                    PooledShared& shared) {
+__global__ void __launch_bounds__(kQueryMeansThreads, 4)
+    query_means_kernel(const __grid_constant__ SelectProblem select, float* to) {
+  await_kernel_beside();
+  start_next_kernel();
   const DeviceProblem& problem = select.problem;
-  const int32_t block = problem.block_size, d = problem.d_qk;
-  const int32_t s_q = problem.sequences[task.view.sequence].s_q;
-  for (int32_t b = 0; b < task.blocks; ++b) {
-    const int32_t first = task.first_row + b * block;
-    const int32_t begin = first > 0 ? first : 0;
-    const int32_t end = first + block < s_q ? first + block : s_q;
-    const std::byte* q = problem.q_row(problem.q, task.view.sequence, task.view.head, begin);
-    mean_rows_cta<Element, kPooledThreads>(
-        end - begin, d, select.q_aligned, shared.partial, shared.q + b * (d + 4),
-        [&](int32_t i) { return q + i * problem.q.row_stride * 2; });
-    __syncthreads();
+  const auto block = static_cast<int32_t>(blockIdx.x % problem.max_n_q);
+  const HeadView view = HeadView::of(select, static_cast<int32_t>(blockIdx.x / problem.max_n_q));
+  const DeviceSequence& sequence = problem.sequences[view.sequence];
+  if (block >= sequence.n_q || select.sequences[view.sequence].probed == 0 ||
+      select.kind_of(view.head) != HeadRule::Kind::kBlocks) {
+    return;
+  }
+  const int32_t first =
+      (sequence.first_q_block + block) * problem.block_size - sequence.first_position();
+  const int32_t begin = max(first, 0), end = min(first + problem.block_size, sequence.s_q);
+  const std::byte* q = problem.q_row(problem.q, view.sequence, view.head, begin);
+  const int64_t row = sequence.first_row + int64_t{view.head} * sequence.n_q + block;
+  mean_rows_cta<Element, kQueryMeansThreads>(
+      end - begin, problem.d_qk, select.q_aligned, reinterpret_cast<float*>(shared_memory()),
+      to + row * problem.d_qk, [&](int32_t i) { return q + i * problem.q.row_stride * 2; });
+}
+
+// The means of the task's query blocks.
+__device__ inline void load_queries(const float* means, int32_t blocks, int32_t d,
+                                    PooledShared& shared) {
+  for (auto e = static_cast<int32_t>(threadIdx.x); e < blocks * (d / 4); e += kPooledThreads) {
+    const int32_t b = e / (d / 4), c = e % (d / 4) * 4;
+    *reinterpret_cast<float4*>(&shared.q[b * (d + 4) + c]) =
+        *reinterpret_cast<const float4*>(means + int64_t{b} * d + c);
   }
 }
 
@@ -112,7 +126,42 @@ __device__ inline bool softmax_warp(float* row, int32_t i) {
   return sum > 0;
 }
 
-template <typename Element>
+// One warp decides by logits [i + 1]: softmax_warp and keep_best_warp. False if it has no softmax.
+__device__ inline bool decide_long_row(float* logits, int32_t i, int32_t n, int64_t count,
+                                       uint64_t* row) {
+  if (!softmax_warp(logits, i)) return false;
+  keep_best_warp(logits, i, n, count, row);
+  return true;
+}
+
+// The same in registers: a lane has entries lane, lane + 32, ..., kEntries of them; i < 32
+// kEntries.
+template <int kEntries>
+__device__ inline bool decide_row(const float* logits, int32_t i, int32_t n, int64_t count,
+                                  uint64_t* row) {
+  const int32_t lane = lane_here();
+  float x[kEntries];
+  float highest = -INFINITY;
+#pragma unroll
+  for (int e = 0; e < kEntries; ++e) {
+    x[e] = lane + 32 * e <= i ? logits[lane + 32 * e] : -INFINITY;
+    highest = fmaxf(highest, x[e]);
+  }
+  highest = max_warp(highest);
+  float sum = 0;
+#pragma unroll
+  for (float& entry : x) {
+    entry = exp2_approx(entry - highest);
+    sum += entry;
+  }
+  sum = sum_warp(sum);
+  if (!(sum > 0)) return false;
+#pragma unroll
+  for (float& entry : x) entry *= 1.0f / sum;
+  keep_best_entries(x, i, n, count, row);
+  return true;
+}
+
 __global__ void __launch_bounds__(kPooledThreads, 2)
     pooled_scores_kernel(const __grid_constant__ SelectProblem select,
                          const __grid_constant__ BlockScores p) {
@@ -127,7 +176,7 @@ __global__ void __launch_bounds__(kPooledThreads, 2)
     const BlockTask task(select, p.tile_blocks, t);
     if (!task.any) continue;
     const DeviceSequence& sequence = problem.sequences[task.view.sequence];
-    pool_queries<Element>(select, task, shared);
+    load_queries(p.q_means + task.row_number(select, task.first_block) * d, task.blocks, d, shared);
     const float* k = reinterpret_cast<const float*>(p.k_means) +
                      (sequence.first_mean + static_cast<int64_t>(task.kv) * sequence.n_kv) * d;
     const int32_t most = task.first_block + task.blocks;
@@ -138,15 +187,16 @@ __global__ void __launch_bounds__(kPooledThreads, 2)
     }
     __syncthreads();
     const int64_t count = select.rules[task.view.head].vertical;
+    const int32_t n = sequence.n_kv;
     for (int32_t b = static_cast<int32_t>(threadIdx.x) / 32; b < task.blocks;
          b += kPooledThreads / 32) {
       const int32_t i = task.first_block + b;
-      float* row = logits + static_cast<int64_t>(b) * p.pitch;
-      if (softmax_warp(row, i)) {
-        keep_best_warp(row, i, sequence.n_kv, count, task.row(select, i));
-      } else if (threadIdx.x % 32 == 0) {
-        select.set_not_finite(task.view.number);
-      }
+      float* scores = logits + static_cast<int64_t>(b) * p.pitch;
+      uint64_t* row = task.row(select, i);
+      const bool decided = i < 32 * 8    ? decide_row<8>(scores, i, n, count, row)
+                           : i < 32 * 32 ? decide_row<32>(scores, i, n, count, row)
+                                         : decide_long_row(scores, i, n, count, row);
+      if (!decided && threadIdx.x % 32 == 0) select.set_not_finite(task.view.number);
     }
     __syncthreads();
   }

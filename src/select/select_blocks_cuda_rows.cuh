@@ -131,6 +131,29 @@ __device__ Taken take_largest_warp(const Entry& entry, int64_t size, Weight weig
   return walk.taken(weight);
 }
 
+// Likewise of the entries x >= 0 of all lanes, the `limit` largest, of which there are more;
+// highest: the largest. The threshold is found bit by bit: how many entries are at least as large?
+template <int kEntries>
+__device__ Taken take_most(const float (&x)[kEntries], float highest, uint32_t limit) {
+  const auto at_least = [&](uint32_t bits) {
+    uint32_t own = 0;
+#pragma unroll
+    for (const float entry : x) own += std::bit_cast<uint32_t>(entry) >= bits ? 1 : 0;
+    return __reduce_add_sync(kWholeWarp, own);
+  };
+  uint32_t threshold = 0;  // more than `limit` are at least as large
+#pragma unroll 1
+  for (int bit = 31 - __clz(static_cast<int>(std::bit_cast<uint32_t>(highest) | 1)); bit >= 0;
+       --bit) {
+    const uint32_t next = threshold | 1u << bit;
+    const uint32_t count = at_least(next);
+    if (count == limit) return {.count = limit, .threshold = next - 1, .ties = 0};
+    if (count > limit) threshold = next;
+  }
+  const int64_t ties = static_cast<int64_t>(limit) - at_least(threshold + 1);
+  return {.count = limit, .threshold = threshold, .ties = ties};
+}
+
 // Writes row: keep(j, score) for blocks j = 0 .. i. It is asked by all lanes for 32 blocks at a
 // time in ascending order.
 template <typename Keep>
@@ -214,6 +237,32 @@ __device__ inline void keep_best_warp(const float* scores, int64_t i, int64_t n,
     const bool takes = count > 1 && taken.takes(score, j < i);
     return takes || j == i;
   });
+}
+
+// keep_best_warp of scores in registers: entry e of a lane is that of block lane + 32 e, those
+// after i are 0; i < 32 kEntries.
+template <int kEntries>
+__device__ void keep_best_entries(float (&x)[kEntries], int32_t i, int32_t n, int64_t count,
+                                  uint64_t* row) {
+  if (count > i) return write_dense_row_warp(i, n, row);
+  const int32_t lane = lane_here();
+  float highest = 0;
+#pragma unroll
+  for (int e = 0; e < kEntries; ++e) {
+    if (lane + 32 * e == i) x[e] = 0;  // is kept without being asked
+    highest = fmaxf(highest, x[e]);
+  }
+  const auto limit = static_cast<uint32_t>(count > 1 ? count - 1 : 0);
+  TakenWarp taken{.taken = take_most(x, max_warp(highest), limit)};
+  uint64_t own = 0;  // word number `lane`
+#pragma unroll
+  for (int e = 0; e < kEntries; ++e) {
+    const int32_t j = lane + 32 * e;
+    const bool kept = taken.takes(x[e], j < i) || j == i;
+    const uint64_t half = __ballot_sync(kWholeWarp, kept);
+    own |= lane == e / 2 ? half << (e % 2 * 32) : 0;
+  }
+  for (int32_t w = lane; w < (n + 63) / 64; w += 32) row[w] = w == lane ? own : 0;
 }
 
 }  // namespace flexprefill

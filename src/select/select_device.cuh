@@ -257,8 +257,9 @@ __device__ T sum_cta(T value, T* scratch) {
 }
 
 // mean[c] of the rows row(0) .. row(n - 1) of d elements, over a CTA of kThreads (>= 64); partial
-// [kThreads * 8] in shared memory. Ends without a barrier after writing `mean`.
-template <typename Element, int kThreads, typename Row>
+// [kThreads * 8] in shared memory. kAtOnce: as in sum_eights. Ends without a barrier after writing
+// `mean`.
+template <typename Element, int kThreads, int kAtOnce = 8, typename Row>
 __device__ void mean_rows_cta(int32_t n, int32_t d, bool aligned, float* partial, float* mean,
                               const Row& row) {
   const int32_t pieces = d / 8;  // of eight elements, at most 32
@@ -267,9 +268,8 @@ __device__ void mean_rows_cta(int32_t n, int32_t d, bool aligned, float* partial
   const int32_t group = static_cast<int32_t>(threadIdx.x) / pieces;
   float sums[8] = {};
   if (group < groups) {
-    for (int32_t i = group; i < n; i += groups) {
-      add_eight<Element>(load_eight(row(i) + piece * 16, aligned), sums);
-    }
+    sum_eights<Element, kAtOnce>(
+        group, n, groups, aligned, [&](int32_t i) { return row(i) + piece * 16; }, sums);
 #pragma unroll
     for (int e = 0; e < 8; ++e) partial[group * d + piece * 8 + e] = sums[e];
   }
