@@ -32,25 +32,34 @@ void dispatch_shape(const Problem& problem, F&& f) {
   });
 }
 
+// CTAs beside each other that a K/V head's query heads need, at most.
+template <typename Shape>
+int64_t most_slices(const ProbeWork& work) {
+  const int32_t most = *std::max_element(work.heads.begin(), work.heads.end());
+  return std::max<int64_t>(ceil_div(most, Shape::kHeads), 1);
+}
+
 }  // namespace
 
 bool probe_sm90_takes(const Problem& problem) {
   return sm90::can_address(problem.q_view) && sm90::can_address(problem.k_view);
 }
 
-int64_t probe_sm90_chunk(const Problem& problem, const std::vector<bool>& probed) {
+int64_t probe_sm90_chunk(const Problem& problem, const ProbeWork& work) {
   int64_t keys = 0;
   dispatch_shape(problem, [&]<typename Shape> {
-    const int64_t slices = ceil_div(problem.group(), Shape::kHeads) * problem.h_kv;
+    int64_t slices = 0;
+    for (const int32_t heads : work.heads) slices += ceil_div(heads, Shape::kHeads);
     int64_t most_tiles = 1;
     for (int64_t s = 0; s < problem.b(); ++s) {
-      if (probed[s]) most_tiles = std::max(most_tiles, ceil_div(problem.lengths[s].s_kv, 128));
+      if (work.sequences[s])
+        most_tiles = std::max(most_tiles, ceil_div(problem.lengths[s].s_kv, 128));
     }
     // Chunks of so many tiles take so long, in waves of one CTA a multiprocessor.
     const auto cost = [&](int64_t tiles) {
       int64_t ctas = 0;
       for (int64_t s = 0; s < problem.b(); ++s) {
-        if (!probed[s]) continue;
+        if (!work.sequences[s]) continue;
         ctas += slices * ceil_div(problem.lengths[s].s_kv, tiles * 128 * Shape::kStreams);
       }
       return ceil_div(ctas, device_info().multiprocessors) * (tiles + kCtaCost);
@@ -68,7 +77,8 @@ int64_t probe_sm90_chunk(const Problem& problem, const std::vector<bool>& probed
   return keys;
 }
 
-void probe_sm90(const SelectProblem& select, const Problem& problem, void* stream) {
+void probe_sm90(const SelectProblem& select, const Problem& problem, const ProbeWork& work,
+                void* stream) {
   dispatch_shape(problem, [&]<typename Shape> {
     ProbeSm90Params params{};
     params.select = select;
@@ -81,8 +91,9 @@ void probe_sm90(const SelectProblem& select, const Problem& problem, void* strea
     params.kv_packed = problem.k_view.rank == 3 ? 1 : 0;
     params.q_map = sm90::make_tensor_map(problem.q_view, problem.d_qk, 128);
     params.k_map = sm90::make_tensor_map(problem.k_view, problem.d_qk, params.box_rows);
-    const int64_t slices = ceil_div(problem.group(), Shape::kHeads) * problem.h_kv;
-    const int64_t ctas = slices * problem.b() * ceil_div(select.max_chunks, Shape::kStreams);
+    params.slices = static_cast<int32_t>(most_slices<Shape>(work));
+    const int64_t ctas =
+        params.slices * problem.h_kv * problem.b() * ceil_div(select.max_chunks, Shape::kStreams);
     if (ctas > std::numeric_limits<int32_t>::max()) {
       throw Error(ErrorCode::kUnsupported,
                   "select: expected at most 2^31 - 1 CTAs, got " + std::to_string(ctas));

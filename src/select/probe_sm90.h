@@ -18,11 +18,18 @@ constexpr int64_t kMostProbeChunks = 128;
 // data pointers only through their alignment.
 bool probe_sm90_takes(const Problem& problem);
 
+// What a call's probe looks at.
+struct ProbeWork {
+  std::vector<bool> sequences;
+  std::vector<int32_t> heads;  // of each K/V head so many query heads
+};
+
 // Keys of a chunk.
-int64_t probe_sm90_chunk(const Problem& problem, const std::vector<bool>& probed);
+int64_t probe_sm90_chunk(const Problem& problem, const ProbeWork& work);
 
 // Both passes, block means and the probe's logits of them.
-void probe_sm90(const SelectProblem& select, const Problem& problem, void* stream);
+void probe_sm90(const SelectProblem& select, const Problem& problem, const ProbeWork& work,
+                void* stream);
 
 }  // namespace flexprefill
 

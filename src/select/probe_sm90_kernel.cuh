@@ -235,7 +235,7 @@ class ProbeStats
     if (chunk >= this->plan_.chunks) return;
 #pragma unroll
     for (int h = 0; h < Shape::kHeads; ++h) {
-      const int64_t head = this->task_.head(this->select_, h);
+      const int64_t head = this->task_.head(h);
       float2* to = this->select_.chunk_stats +
                    (this->plan_.first_chunk + head * this->plan_.chunks + chunk) * 128;
 #pragma unroll
@@ -409,8 +409,7 @@ class ProbeScores
     return this->select_.problem.sequences[this->task_.sequence].s_kv;
   }
   __device__ int64_t head_key(int h) const {
-    return this->plan_.first_key +
-           static_cast<int64_t>(this->task_.head(this->select_, h)) * s_kv();
+    return this->plan_.first_key + static_cast<int64_t>(this->task_.head(h)) * s_kv();
   }
 
   // Of all four warps of the stream.
@@ -465,7 +464,7 @@ class ProbeScores
     const SelectProblem& select = this->select_;
     const int32_t chunk = this->task_.first_chunk + this->stream_;
     const int32_t distance = this->plan_.probe_position - u;
-    const int64_t head = this->task_.head(select, h);
+    const int64_t head = this->task_.head(h);
     // The chunk before has more of it.
     const bool shared = u < this->chunk_.begin && chunk > 0;
     float* tail = select.slash_tails +
@@ -490,7 +489,7 @@ class ProbeScores
     if (first_key + begin >= sequence.s_kv) return;
     float mass = 0;
     for (int32_t j = begin; j < begin + block_size; ++j) mass += sums[half][j];
-    const int64_t head = this->task_.head(select, h);
+    const int64_t head = this->task_.head(h);
     select
         .block_mass[2 * (this->plan_.first_block + head * sequence.n_kv) +
                     half * static_cast<int64_t>(sequence.n_kv) + (first_key + begin) / block_size] =
@@ -518,7 +517,7 @@ __device__ void finish_probe_softmax(const SelectProblem& select, const ProbeSm9
   const int32_t row = thread % 128;
 #pragma unroll 1
   for (int32_t h = thread / 128; h < Shape::kHeads; h += Shape::kStreams) {
-    const int64_t head = task.head(select, h);
+    const int64_t head = task.head(h);
     const float2* stats = select.chunk_stats + (plan.first_chunk + head * plan.chunks) * 128 + row;
     float max = -FLT_MAX, sum = 0;
     // Sixteen chunks at once, which is all of them up to 64k tokens: one wait for L2, and no chain
@@ -547,9 +546,9 @@ __device__ void finish_probe_softmax(const SelectProblem& select, const ProbeSm9
     if (thread % 32 == 0) extra.dead[h][row / 32] = dead ? 1 : 0;
   }
   sm90::named_barrier_sync(4, kThreads);
-  if (task.first_chunk != 0 || thread >= task.heads(select)) return;
+  if (task.first_chunk != 0 || thread >= task.heads) return;
   const uint32_t (&dead)[4] = extra.dead[thread];
-  select.dead[task.sequence * select.problem.h_q + task.head(select, thread)] =
+  select.dead[task.sequence * select.problem.h_q + task.head(thread)] =
       static_cast<uint8_t>(dead[0] | dead[1] | dead[2] | dead[3]);
 }
 
@@ -573,7 +572,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   }
   await_previous_kernel();
   start_next_kernel();
-  const ProbeSm90Task<Shape> task(params.select);
+  const ProbeSm90Task<Shape> task(params);
   if (!task.any) return;
   __syncthreads();
   if (warp < 4) {
@@ -598,7 +597,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   constexpr int kStages = decltype(Shared::tiles)::kStages;
   // Tables, probes and keys are there: pass 1, which this one may overlap with, has awaited whoever
   // wrote them. Only what pass 1 writes has to be awaited.
-  const ProbeSm90Task<Shape> task(params.select);
+  const ProbeSm90Task<Shape> task(params);
   if (!task.any) {
     await_previous_kernel();
     return;

@@ -45,7 +45,7 @@ class ProbeLoader {
 #pragma unroll 1
       for (int32_t c = 0; c < Shape::kChunks; ++c) {
         sm90::tma_load(&params_.q_map, &tiles_.q_full, tiles_.q[h] + c * 128 * sm90::kChunkColumns,
-                       c * sm90::kChunkColumns, row, task_.head(params_.select, h),
+                       c * sm90::kChunkColumns, row, task_.head(h),
                        params_.q_packed != 0 ? 0 : task_.sequence);
       }
     }
@@ -114,6 +114,7 @@ class KeyPooler {
   __device__ KeyPooler(const ProbeSm90Params& params, const ProbeSm90Task<Shape>& task,
                        ProbeTiles<Shape, kStages>& tiles, int warp)
       : select_(params.select),
+        slices_(params.slices),
         task_(task),
         tiles_(tiles),
         warp_(warp),
@@ -121,11 +122,10 @@ class KeyPooler {
 
   __device__ void run() {
     const ProbeRing<Shape, kStages> ring(select_, task_);
-    const int32_t slices = (select_.problem.group() + Shape::kHeads - 1) / Shape::kHeads;
     ring.for_each([&](int32_t stream, int32_t i, uint32_t place) {
       const uint32_t stage = ring.stage(place);
       sm90::barrier_wait(&tiles_.k_full[stage], ring.parity(place));
-      if (select_.by_blocks && i % slices == task_.slice) {
+      if (select_.by_blocks && i % slices_ == task_.slice) {
         const ProbeChunk chunk(select_, task_.sequence, task_.first_chunk + stream);
         pool(tiles_.k[stage], chunk.begin + i * 128, chunk.end);
       }
@@ -177,6 +177,7 @@ class KeyPooler {
   }
 
   const SelectProblem& select_;
+  const int32_t slices_;
   const ProbeSm90Task<Shape>& task_;
   ProbeTiles<Shape, kStages>& tiles_;
   const int warp_;
@@ -215,7 +216,7 @@ __device__ void pool_probes(const ProbeSm90Params& params, const ProbeSm90Task<S
   const int32_t end = (max(first.end, last.end) + problem.block_size - 1) / problem.block_size;
 #pragma unroll 1
   for (int32_t h = 0; h < Shape::kHeads; ++h) {
-    const int32_t head = task.head(select, h);
+    const int32_t head = task.head(h);
     pool_blocks<kThreads>(select, {task.sequence, head, task.sequence * problem.h_q + head},
                           first.begin / problem.block_size, end, thread, extra.mean[h]);
   }

@@ -14,9 +14,9 @@ namespace flexprefill {
 // fills up with zeros.
 //
 // A CTA has the probes of kHeads query heads of one K/V head in shared memory, so that a tile of
-// keys is loaded once for all of them; where that does not divide a group, the last CTA computes a
-// head twice. Each of its kStreams warpgroups walks over a chunk of keys of
-// its own, in tiles of 128; the tiles of all streams go through one ring, in turns.
+// keys is loaded once for all of them; where that does not divide the heads that the probe looks
+// at, the last CTA computes one twice. Each of its kStreams warpgroups walks over a chunk of keys
+// of its own, in tiles of 128; the tiles of all streams go through one ring, in turns.
 template <typename Element_, int kDim_, int kHeads_>
 struct ProbeShape {
   using Element = Element_;
@@ -91,36 +91,54 @@ struct ProbeScoresShared {
   ProbeScoresExtra<Shape> extra;
 };
 
+struct ProbeSm90Params {
+  sm90::TensorMap q_map, k_map;
+  SelectProblem select;
+  // Scores are multiplied by scores_scale where it is not 1 (a softmax scale that is not positive);
+  // then they count scale_log2 units of log2 each.
+  float scores_scale, scale_log2;
+  int32_t box_rows;             // keys that one load brings
+  int32_t q_packed, kv_packed;  // no dimension of sequences
+  int32_t slices;               // CTAs with the query heads of a K/V head
+};
+
 // What one CTA does.
 template <typename Shape>
 struct ProbeSm90Task {
   int32_t sequence, kv, slice;  // of the group
   int32_t first_chunk;
+  int32_t heads;  // of kHeads; after them comes the last one again
+  int32_t own[Shape::kHeads];
   bool any;
 
-  __device__ explicit ProbeSm90Task(const SelectProblem& select) {
+  __device__ explicit ProbeSm90Task(const ProbeSm90Params& params) {
+    const SelectProblem& select = params.select;
     const DeviceProblem& problem = select.problem;
-    const int32_t slices = (problem.group() + Shape::kHeads - 1) / Shape::kHeads;
     const int32_t sets = (select.max_chunks + Shape::kStreams - 1) / Shape::kStreams;
     auto x = static_cast<int32_t>(blockIdx.x);
-    slice = x % slices;  // neighbours read the same keys
-    x /= slices;
+    slice = x % params.slices;  // neighbours read the same keys
+    x /= params.slices;
     first_chunk = x % sets * Shape::kStreams;
     x /= sets;
     kv = x % problem.h_kv;
     sequence = x / problem.h_kv;
     const SelectSequence& plan = select.sequences[sequence];
-    bool asked = false;
+    heads = -slice * Shape::kHeads;
 #pragma unroll 1  // unrolled it spills
-    for (int32_t h = 0; h < Shape::kHeads; ++h) asked |= select.asks_probe(head(select, h));
-    any = plan.probed != 0 && first_chunk < plan.chunks && asked;
+    for (int32_t g = 0; g < problem.group() && heads < Shape::kHeads; ++g) {
+      const int32_t head = problem.q_head(kv, g);
+      if (!select.asks_probe(head)) continue;
+#pragma unroll
+      for (int32_t h = 0; h < Shape::kHeads; ++h) own[h] = h >= heads ? head : own[h];
+      ++heads;
+    }
+    any = plan.probed != 0 && first_chunk < plan.chunks && heads > 0;
   }
-  __device__ int32_t head(const SelectProblem& select, int32_t h) const {
-    return select.problem.q_head(kv, min(slice * Shape::kHeads + h, select.problem.group() - 1));
-  }
-  // Of its kHeads, those that are not the last one of the group again.
-  __device__ int32_t heads(const SelectProblem& select) const {
-    return min(Shape::kHeads, select.problem.group() - slice * Shape::kHeads);
+  __device__ int32_t head(int32_t h) const {
+    int32_t found = own[0];
+#pragma unroll
+    for (int32_t i = 1; i < Shape::kHeads; ++i) found = h == i ? own[i] : found;
+    return found;
   }
 };
 
@@ -176,16 +194,6 @@ struct ProbeRing {
       }
     }
   }
-};
-
-struct ProbeSm90Params {
-  sm90::TensorMap q_map, k_map;
-  SelectProblem select;
-  // Scores are multiplied by scores_scale where it is not 1 (a softmax scale that is not positive);
-  // then they count scale_log2 units of log2 each.
-  float scores_scale, scale_log2;
-  int32_t box_rows;             // keys that one load brings
-  int32_t q_packed, kv_packed;  // no dimension of sequences
 };
 
 // One arrival for the warp, after what all its lanes did.

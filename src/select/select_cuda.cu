@@ -27,11 +27,13 @@
 // tokens 45 MB and 4 MB of bits, 3.1 % of q, k and v.
 #include <algorithm>
 #include <numbers>
+#include <numeric>
 #include <variant>
 
 #include "cuda/backend_cuda.h"
 #include "cuda/launch.cuh"
 #include "math.h"
+#include "select/block_rules.h"
 #include "select/choose_cuda.cuh"
 #include "select/map_cuda.cuh"
 #include "select/pool_cuda.cuh"
@@ -50,11 +52,12 @@ namespace {
 constexpr int64_t kLeastChunk = 512;
 constexpr int64_t kTasks = 1024;
 
-int64_t probe_chunk(const Problem& problem, const std::vector<bool>& probed) {
+int64_t probe_chunk(const Problem& problem, const ProbeWork& work) {
+  const int64_t heads = std::accumulate(work.heads.begin(), work.heads.end(), int64_t{0});
   int64_t keys = 0, longest = 0;
   for (int64_t s = 0; s < problem.b(); ++s) {
-    if (!probed[s]) continue;
-    keys += problem.lengths[s].s_kv * problem.h_q;
+    if (!work.sequences[s]) continue;
+    keys += problem.lengths[s].s_kv * heads;
     longest = std::max(longest, problem.lengths[s].s_kv);
   }
   const int64_t least =
@@ -66,18 +69,22 @@ int64_t probe_chunk(const Problem& problem, const std::vector<bool>& probed) {
 struct Plan {
   Plan(const Problem& problem, const Pattern& pattern, bool audited, bool sm90) {
     const auto* window = std::get_if<StreamingLlm>(&pattern);
-    std::vector<bool> probed(problem.b());
     for (int64_t s = 0; s < problem.b(); ++s) {
-      probed[s] = window != nullptr ? audited
-                                    : !stays_dense(problem.lengths[s], problem.block_size, pattern);
+      probe.sequences.push_back(
+          window != nullptr ? audited
+                            : !stays_dense(problem.lengths[s], problem.block_size, pattern));
+    }
+    probe.heads.resize(problem.h_kv);
+    for (int32_t h = 0; h < problem.h_q; ++h) {  // as SelectProblem::asks_probe
+      if (audited || by_probe(pattern, h)) ++probe.heads[problem.kv_head(h)];
     }
     const HeadKinds kinds(problem, pattern);
     chooses = kinds.probe;
-    chunk = (sm90 ? probe_sm90_chunk : probe_chunk)(problem, probed);
+    chunk = (sm90 ? probe_sm90_chunk : probe_chunk)(problem, probe);
     for (int64_t s = 0; s < problem.b(); ++s) {
       const SequenceLengths lengths = problem.lengths[s];
       const BlockGrid& grid = problem.grids[s];
-      const Probe probe(lengths, problem.block_size);
+      const Probe rows(lengths, problem.block_size);
       SelectSequence entry{.first_key = keys,
                            .first_block = blocks,
                            .first_kv_block = kv_blocks,
@@ -87,16 +94,16 @@ struct Plan {
                            .map = {},
                            .chunks = static_cast<int32_t>(ceil_div(lengths.s_kv, chunk)),
                            .slices = static_cast<int32_t>(ceil_div(lengths.s_kv, kSliceEntries)),
-                           .probe_rows = static_cast<int32_t>(probe.rows),
-                           .probe_first_row = static_cast<int32_t>(probe.first_row),
-                           .probe_position = static_cast<int32_t>(probe.position),
-                           .probe_first_block = static_cast<int32_t>(probe.first_block),
-                           .probe_split = static_cast<int32_t>(probe.split),
+                           .probe_rows = static_cast<int32_t>(rows.rows),
+                           .probe_first_row = static_cast<int32_t>(rows.first_row),
+                           .probe_position = static_cast<int32_t>(rows.position),
+                           .probe_first_block = static_cast<int32_t>(rows.first_block),
+                           .probe_split = static_cast<int32_t>(rows.split),
                            .vertical_low = 1,
                            .vertical_high = 1,
                            .slash_low = 1,
                            .slash_high = 1,
-                           .probed = probed[s] ? 1 : 0};
+                           .probed = probe.sequences[s] ? 1 : 0};
       if (const auto* flex = std::get_if<FlexPrefill>(&pattern)) {
         const FlexPrefillRule rule = flex_prefill_rule(*flex, problem.block_size, grid.n_kv);
         entry.vertical_low = entry.slash_low = static_cast<int32_t>(rule.min_blocks);
@@ -110,7 +117,7 @@ struct Plan {
         entry.slash_low = entry.slash_high = clamped(fixed->slash_size);
       }
       entries.push_back(entry);
-      if (!probed[s]) continue;
+      if (!probe.sequences[s]) continue;
       any_probed = true;
       any_probe = window != nullptr || kinds.probe ||
                   (audited && !std::holds_alternative<BlockCover>(pattern));
@@ -142,6 +149,7 @@ struct Plan {
   }
 
   std::vector<SelectSequence> entries;
+  ProbeWork probe;
   bool any_probed = false;  // a sequence is neither dense nor windowed alone
   bool any_probe = false;   // a head is looked at through the probe
   bool chooses = false;     // and chosen by it
@@ -243,7 +251,7 @@ struct Launches {
 
   template <typename Element>
   void probe() const {
-    if (sm90) return probe_sm90(select, problem, stream);
+    if (sm90) return probe_sm90(select, problem, plan.probe, stream);
     const dim3 grid(grid_of(heads() * plan.max_chunks));
     const auto available = static_cast<size_t>(device_info().shared_bytes);
     const int32_t stages = probe_shared_bytes(problem.d_qk, 2) <= available ? 2 : 1;
@@ -331,9 +339,10 @@ void select_cuda(const DeviceProblem& device, const Problem& problem, const Patt
   // it will be: enough for both.
   if (arena.counting()) {
     const Arena before = arena;
-    for (const bool sm90 : {false, hopper}) {
+    for (const int variant : {0, 1, 2, 3}) {
+      const bool audited = variant / 2 != 0, sm90 = variant % 2 != 0 && hopper;
       Arena counter = before;
-      Plan plan(problem, pattern, true, sm90);
+      Plan plan(problem, pattern, audited, sm90);
       SelectProblem select = lay_out(device, problem, pattern, plan, counter);
       lay_out_block_scores(problem, pattern, sm90, counter, select);
       lay_out_cover(problem, pattern, plan, counter, select);
