@@ -74,7 +74,8 @@ RowBySort row_by_sort(const std::vector<float>& scores, const BlockCoverRule& ru
   std::set<int64_t> row_blocks, all;
   for (int64_t j = 0; j < n; ++j) all.insert(j);
   for (int64_t j = 0; j <= i; ++j) row_blocks.insert(j);
-  const std::set<int64_t> always{0, std::max<int64_t>(i - 1, 0), i};
+  std::set<int64_t> always{0};
+  for (int64_t j = std::max<int64_t>(i - rule.near, 0); j <= i; ++j) always.insert(j);
   RowBySort out;
   cover_by_sort(most_asked, static_cast<double>(rule.column_share), all, out.columns);
   out.kept = always;
@@ -107,9 +108,9 @@ TEST(BlockCoverRow, AgreesWithSorts) {
       const std::vector<float> scores = random_shares(random, i + 1);
       const std::vector<float> most_asked = random_shares(random, n);
       const float gammas[] = {0.01f, 0.5f, 0.9f, 0.999f}, shares[] = {0, 0.3f, 0.8f, 0.99f};
-      BlockCoverRule rule{gammas[random() % 4], shares[random() % 4],
+      BlockCoverRule rule{gammas[random() % 4], shares[random() % 4], 1 << random() % 3,
                           std::numeric_limits<int64_t>::max()};
-      if (trial % 2 == 0) rule.most_blocks = 3 + static_cast<int64_t>(random() % 12);
+      if (trial % 2 == 0) rule.most_blocks = rule.near + 2 + static_cast<int64_t>(random() % 12);
       const bool asks = trial % 3 != 0;
       const RowBySort want = row_by_sort(scores, rule, asks, most_asked);
 
@@ -145,16 +146,31 @@ TEST(BlockCoverRow, AShareOfOneIsEveryColumn) {
   EXPECT_EQ(columns, 0);
 }
 
-TEST(BlockCoverRule, BudgetsAreAtLeastThreeWholeBlocks) {
-  const auto most = [](std::optional<int64_t> budget) {
-    return block_cover_rule({.max_budget = budget}, 128).most_blocks;
-  };
+TEST(BlockCoverRule, BudgetsAreWholeBlocksAndHoldWhatIsAlwaysKept) {
   constexpr int64_t kLargest = std::numeric_limits<int64_t>::max();
-  EXPECT_EQ(most({}), kLargest);
-  EXPECT_EQ(most(0), 3);
-  EXPECT_EQ(most(384), 3);
-  EXPECT_EQ(most(385), 4);
-  EXPECT_EQ(most(kLargest), whole_blocks(kLargest, 128));
+  for (const int64_t block : {32, 64, 128}) {
+    const auto most = [&](std::optional<int64_t> budget) {
+      return block_cover_rule({.max_budget = budget}, block).most_blocks;
+    };
+    const int64_t least = block_cover_rule({}, block).near + 2;
+    EXPECT_EQ(least, block == 32 ? 6 : block == 64 ? 4 : 3);
+    EXPECT_EQ(most({}), kLargest);
+    EXPECT_EQ(most(0), least);
+    EXPECT_EQ(most((least - 1) * block), least);
+    EXPECT_EQ(most(least * block), least);
+    EXPECT_EQ(most(least * block + 1), least + 1);
+    EXPECT_EQ(most(kLargest), whole_blocks(kLargest, block));
+  }
+}
+
+TEST(BlockCoverRule, MeansAreFinerInShortSequencesOfSmallBlocks) {
+  for (const int64_t block : {32, 64}) {
+    EXPECT_EQ(cover_pool(block, 1), 16);
+    EXPECT_EQ(cover_pool(block, 16384), 16);
+    EXPECT_EQ(cover_pool(block, 16385), 32);
+  }
+  EXPECT_EQ(cover_pool(128, 1), 32);
+  EXPECT_EQ(cover_pool(128, 16385), 32);
 }
 
 TEST(AskingRows, AreSpreadOverTheLastRows) {
@@ -182,6 +198,7 @@ class CoverOracle {
     lengths_ = data.lengths[s];
     grid = block_grid(lengths_, c.block_size);
     block_ = c.block_size;
+    pool_ = block_ <= 64 && lengths_.s_kv <= 16384 ? 16 : 32;
     offset_ = lengths_.s_kv - lengths_.s_q;
     scale_ = data.input.softmax_scale.value_or(1 / std::sqrt(static_cast<float>(c.d_qk)));
     ask();
@@ -205,6 +222,11 @@ class CoverOracle {
     return slack + 4 * rounding * largest_logit + entries;
   }
 
+  // Block 0, and the blocks with the 128 tokens before the row's own.
+  bool always_keeps(int64_t i, int64_t j) const {
+    return j == 0 || (j <= i && (i - j) * block_ <= 128);
+  }
+
   // What a row without max_budget must and may keep.
   std::pair<Flags, Flags> decide(const BlockCover& pattern, double off) const {
     Flags must(grid.n_q, std::vector<bool>(grid.n_kv)), may = must;
@@ -217,7 +239,7 @@ class CoverOracle {
     for (int64_t r = 0; r < grid.n_q; ++r) {
       const int64_t i = grid.first_q_block + r;
       std::vector<bool> always(i + 1);
-      always[0] = always[i] = always[std::max<int64_t>(i - 1, 0)] = true;
+      for (int64_t j = 0; j <= i; ++j) always[j] = always_keeps(i, j);
       cover(Numbers(map[r].begin(), map[r].begin() + i + 1), always, pattern.gamma, off, must[r],
             may[r]);
       for (int64_t j = 0; i >= asking_block[0] && j <= i; ++j) {
@@ -261,11 +283,11 @@ class CoverOracle {
     }
   }
 
-  // Sums of rows of 32 tokens; the mean of those that exist, and their number.
+  // Sums of rows of pool_ tokens; the mean of those that exist, and their number.
   std::pair<Numbers, double> pool(bool query, int64_t number) {
     Numbers mean(data_.c.d_qk, 0.0);
     double count = 0;
-    for (int64_t p = 32 * number; p < 32 * (number + 1) && p < lengths_.s_kv; ++p) {
+    for (int64_t p = pool_ * number; p < pool_ * (number + 1) && p < lengths_.s_kv; ++p) {
       if (query && p < offset_) continue;
       const Numbers row = row_of(query, query ? p - offset_ : p);
       for (size_t c = 0; c < row.size(); ++c) mean[c] += row[c];
@@ -277,10 +299,10 @@ class CoverOracle {
 
   void make_map() {
     std::vector<std::pair<Numbers, double>> keys;
-    for (int64_t c = 0; 32 * c < lengths_.s_kv; ++c) keys.push_back(pool(false, c));
+    for (int64_t c = 0; pool_ * c < lengths_.s_kv; ++c) keys.push_back(pool(false, c));
     map.assign(grid.n_q, Numbers(grid.n_kv, 0.0));
     Numbers tokens(grid.n_q, 0.0);
-    for (int64_t a = offset_ / 32; 32 * a < lengths_.s_kv; ++a) {
+    for (int64_t a = offset_ / pool_; pool_ * a < lengths_.s_kv; ++a) {
       const auto [q, count] = pool(true, a);
       Numbers p, weights;
       for (int64_t c = 0; c <= a; ++c) {
@@ -291,8 +313,8 @@ class CoverOracle {
         weights.push_back(keys[c].second);
       }
       softmax(p, weights);
-      const int64_t r = 32 * a / block_ - grid.first_q_block;
-      for (int64_t c = 0; c <= a; ++c) map[r][32 * c / block_] += count * p[c];
+      const int64_t r = pool_ * a / block_ - grid.first_q_block;
+      for (int64_t c = 0; c <= a; ++c) map[r][pool_ * c / block_] += count * p[c];
       tokens[r] += count;
     }
     for (int64_t r = 0; r < grid.n_q; ++r) {
@@ -329,7 +351,7 @@ class CoverOracle {
   int32_t h_;
   int32_t kv_ = 0;
   SequenceLengths lengths_;
-  int64_t block_ = 0, offset_ = 0;
+  int64_t block_ = 0, pool_ = 0, offset_ = 0;
   double scale_ = 1;
 };
 
@@ -387,6 +409,27 @@ std::vector<Case> cover_cases() {
                    .block_size = 128,
                    .gqa_interleave = true,
                    .seed = 95});
+  cases.push_back({.name = "means_of_16_and_of_32",
+                   .lengths = {{400, 16385}, {520, 1001}, {400, 16384}},
+                   .h_q = 1,
+                   .h_kv = 1,
+                   .d_qk = 16,
+                   .d_v = 16,
+                   .dtype = DType::kBFloat16,
+                   .block_size = 64,
+                   .layout = Layout::kPacked,
+                   .fill = Fill::kStructured,
+                   .seed = 96});
+  cases.push_back({.name = "one_and_two_means_of_a_block",
+                   .lengths = {{333, 16384}, {333, 16401}, {900, 900}},
+                   .h_q = 1,
+                   .h_kv = 1,
+                   .d_qk = 16,
+                   .d_v = 16,
+                   .block_size = 32,
+                   .layout = Layout::kPaged,
+                   .fill = Fill::kStructured,
+                   .seed = 97});
   return cases;
 }
 
@@ -395,13 +438,14 @@ class BlockCoverCase : public ::testing::TestWithParam<Case> {};
 TEST_P(BlockCoverCase, KeepsWhatTheOracleSays) {
   const CaseData data(GetParam());
   const int64_t block = data.c.block_size;
+  const int64_t least_budget = block + 128 + block;  // what a row always keeps
   const std::vector<BlockCover> patterns{
       {},
       {.gamma = 0.5f, .column_share = 0},
       {.gamma = 0.05f, .column_share = 0.95f},
       {.gamma = 0.97f, .column_share = 1},
-      {.gamma = 0.9f, .column_share = 0.6f, .max_budget = 4 * block},
-      {.gamma = 0.8f, .column_share = 0.8f, .max_budget = 0}};
+      {.gamma = 0.9f, .column_share = 0.6f, .max_budget = least_budget + block},
+      {.gamma = 0.8f, .column_share = 0.8f, .max_budget = least_budget - 1}};
   std::vector<Execution> all = executions(Stage::kSelect);
   std::erase_if(all, [&](const Execution& e) { return !takes(e, data.c.dtype); });
   std::vector<std::vector<Selection>> selections;  // [execution][pattern]
@@ -426,8 +470,9 @@ TEST_P(BlockCoverCase, KeepsWhatTheOracleSays) {
       const CoverOracle oracle(data, s, h);
       for (size_t p = 0; p < patterns.size(); ++p) {
         const BlockCover& pattern = patterns[p];
-        const int64_t most = pattern.max_budget ? std::max<int64_t>(3, *pattern.max_budget / block)
-                                                : std::numeric_limits<int64_t>::max();
+        const int64_t most = pattern.max_budget
+                                 ? std::max(least_budget, *pattern.max_budget) / block
+                                 : std::numeric_limits<int64_t>::max();
         for (size_t e = 0; e < selections.size(); ++e) {
           SCOPED_TRACE(execution_name(all[e]) + " sequence " + std::to_string(s) + " head " +
                        std::to_string(h) + " pattern " + std::to_string(p));
@@ -450,11 +495,10 @@ TEST_P(BlockCoverCase, KeepsWhatTheOracleSays) {
                 ASSERT_TRUE(keeps || !must[r][j]) << "left out: row " << r << " block " << j;
               }
               ASSERT_TRUE(!keeps || may[r][j]) << "kept: row " << r << " block " << j;
+              ASSERT_TRUE(keeps || !oracle.always_keeps(i, j)) << "row " << r << " block " << j;
             }
             ASSERT_LE(count, std::min(most, most_count));
             ASSERT_GE(count, std::min(most, least_count));
-            ASSERT_TRUE(got.keeps(s, h, r, 0) && got.keeps(s, h, r, i) &&
-                        got.keeps(s, h, r, std::max<int64_t>(i - 1, 0)));
             least = std::min(least, kept);
             surely_below += kept < pattern.gamma - off;
             maybe_below += kept < pattern.gamma + off;
@@ -572,10 +616,10 @@ TEST_P(BlockCoverOn, EqualScoresGoToTheLowerIndex) {
     for (int32_t c = 0; c < 16; ++c) data.set_q(0, i, 0, c, 0);  // every logit is exactly 0
   }
   const Selection got = run(data, BlockCover{.gamma = 0.5f, .column_share = 0}, GetParam());
-  // Row 15: 16 blocks of .0635 each but for its own, .0474. Blocks 0, 14 and 15 hold .174, so six
-  // more are needed for half of it.
+  // Row 15: 16 blocks of .0640 each but for its own, .0397. Blocks 0 and 13 to 15 hold .232, so
+  // five more are needed for half of it.
   for (int64_t j = 0; j < 16; ++j) {
-    EXPECT_EQ(got.keeps(0, 0, 15, j), j < 7 || j >= 14) << "block " << j;
+    EXPECT_EQ(got.keeps(0, 0, 15, j), j < 6 || j >= 13) << "block " << j;
   }
 }
 

@@ -235,11 +235,13 @@ TEST_F(SelectChoice, AWarpCoversTheSameBlocksOfARow) {
       std::vector<float> scratch(static_cast<size_t>(input.n));
       choose_columns(input.most_asked.data(), input.n, 0.4f, &histogram, columns.data());
       if (trial != 4) input.columns = columns;
+      const int32_t near = 1 << trial % 3;
       for (const float gamma : {0.01f, 0.6f, 0.9f, 0.999999f}) {
-        for (const int64_t most : {int64_t{3}, int64_t{4}, size / 8 + 3, size / 2 + 3, size + 1}) {
+        for (const int64_t more : {int64_t{0}, int64_t{1}, size / 8, size / 2, size}) {
+          const int64_t most = near + 2 + more;
           SCOPED_TRACE("size " + std::to_string(size) + " trial " + std::to_string(trial) +
                        " gamma " + std::to_string(gamma) + " most " + std::to_string(most));
-          input.cover = {.gamma = gamma, .column_share = 0.4f, .most_blocks = most};
+          input.cover = {.gamma = gamma, .column_share = 0.4f, .near = near, .most_blocks = most};
           const RowMass mass =
               keep_cover(input.scores.data(), i, input.n, input.cover,
                          trial == 4 ? nullptr : columns.data(), input.most_asked.data(), &histogram,

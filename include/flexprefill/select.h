@@ -81,16 +81,17 @@ struct MInference {
 
 // A cover of blocks for each query block, from a map of the whole head, and columns for the last
 // queries; docs/block_cover.md derives it. The map estimates the mass of every causal pair of
-// blocks from the means of 32 queries and of 32 keys. A query block keeps block 0, itself and the
-// block before it, then its best blocks until they hold `gamma` of its map. The last queries ask
-// for more: of 128 of the last 512 rows the exact attention is known, a key block counts as the
-// largest mass that one of them has there, and the best blocks that hold `column_share` of all such
-// masses are kept for the query blocks from the first of these rows on.
+// blocks from the means of 32 queries and of 32 keys (of 16 where blocks have at most 64 tokens and
+// the sequence at most 16384 keys). A query block keeps block 0, itself and the blocks that hold
+// the 128 tokens before it, then its best blocks until they hold `gamma` of its map. The last
+// queries ask for more: of 128 of the last 512 rows the exact attention is known, a key block
+// counts as the largest mass that one of them has there, and the best blocks that hold
+// `column_share` of all such masses are kept for the query blocks from the first of these rows on.
 struct BlockCover {
   float gamma = 0.9f;         // in (0, 1]; 1: dense, whatever max_budget says
   float column_share = 0.8f;  // in [0, 1]; 0: no columns, 1: all blocks
-  // Tokens that a query block keeps at most, in whole blocks, at least three: then gamma may be
-  // missed, which HeadAudit says. None: no limit.
+  // Tokens that a query block keeps at most, in whole blocks; at least what it always keeps, which
+  // is 128 tokens and two blocks. Then gamma may be missed, which HeadAudit says. None: no limit.
   std::optional<int64_t> max_budget = std::nullopt;
 };
 

@@ -158,14 +158,17 @@ class FlashPrefill:
 @dataclass(frozen=True)
 class BlockCover:
     """A cover of blocks for each query block, from a map of the head that means of 32 queries and
-    of 32 keys make, and columns that the last queries ask for; docs/block_cover.md.
+    of 32 keys make (of 16 where blocks have at most 64 tokens and the sequence at most 16384 keys),
+    and columns that the last queries ask for; docs/block_cover.md. Block 0, a query block's own and
+    the blocks that hold the 128 tokens before it are always kept.
 
     gamma: share of its map that each query block keeps, in (0, 1]; 1 is dense, whatever
         max_budget says.
     column_share: share of what 128 of the last 512 queries ask for that is kept for the last query
         blocks, in [0, 1]; 0 keeps no such columns.
-    max_budget: most tokens that a query block keeps, in whole blocks and at least three; gamma may
-        be missed then, which an Audit says (``rows_below_gamma``). None: no limit.
+    max_budget: most tokens that a query block keeps, in whole blocks; at least what is always kept,
+        128 tokens and two blocks. Gamma may be missed then, which an Audit says
+        (``rows_below_gamma``). None: no limit.
     """
 
     gamma: float = 0.9

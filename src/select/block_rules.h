@@ -114,10 +114,16 @@ FLEXPREFILL_HOST_DEVICE inline void keep_best(const float* scores, int64_t i, in
 // ---- BlockCover -------------------------------------------------------------------------------
 
 // What are no options: figures in docs/block_cover.md.
-constexpr int64_t kCoverPool = 32;         // tokens of a mean, of queries and of keys
+constexpr int64_t kCoverPool = 32;         // tokens of a mean, of queries and of keys, at most
+constexpr int64_t kCoverNear = 128;        // tokens before a query block that are always kept
 constexpr int64_t kCoverAskingRows = 128;  // whose attention is known exactly
 constexpr int64_t kCoverAskingSpan = 512;  // the last rows, among which those are
-constexpr int64_t kCoverLeastBlocks = 3;   // always kept: 0, i - 1 and i
+
+// Tokens of a mean of a sequence: finer where blocks are, as long as the map stays cheaper than
+// the asking rows.
+FLEXPREFILL_HOST_DEVICE inline int64_t cover_pool(int64_t block_size, int64_t s_kv) {
+  return block_size <= 64 && s_kv <= 16384 ? 16 : kCoverPool;
+}
 
 // The rows of a call that ask for columns: the last one, and others before it at even distances.
 struct AskingRows {
@@ -139,21 +145,23 @@ struct AskingRows {
 struct BlockCoverRule {
   float gamma = 0;
   float column_share = 0;
+  int32_t near = 1;         // blocks before i that row i always keeps
   int64_t most_blocks = 0;  // of a row
 };
 
 FLEXPREFILL_HOST_DEVICE inline BlockCoverRule block_cover_rule(const BlockCover& pattern,
                                                                int64_t block_size) {
+  const auto near = static_cast<int32_t>(kCoverNear / block_size);
   int64_t most = std::numeric_limits<int64_t>::max();
   if (pattern.max_budget) {
-    most = clamp_blocks(whole_blocks(*pattern.max_budget, block_size), kCoverLeastBlocks, most);
+    most = clamp_blocks(whole_blocks(*pattern.max_budget, block_size), near + 2, most);
   }
-  return {pattern.gamma, pattern.column_share, most};
+  return {pattern.gamma, pattern.column_share, near, most};
 }
 
-// Word w of what row i always keeps: blocks 0, i - 1 and i.
-FLEXPREFILL_HOST_DEVICE inline uint64_t always_word(int64_t i, int64_t w) {
-  return range_word(0, 1, w) | range_word(i > 0 ? i - 1 : 0, i + 1, w);
+// Word w of what row i always keeps: blocks 0 and i - near to i.
+FLEXPREFILL_HOST_DEVICE inline uint64_t always_word(int64_t i, int32_t near, int64_t w) {
+  return range_word(0, 1, w) | range_word(i > near ? i - near : 0, i + 1, w);
 }
 
 // The columns: the fewest blocks that hold `share` of all; ties to the lower index.
@@ -201,23 +209,24 @@ FLEXPREFILL_HOST_DEVICE inline int64_t count_bits(const uint64_t* bits, int64_t 
   return count;
 }
 
-// Takes a row down to `most` >= 3 blocks: what it always keeps, then columns, those first that are
-// asked for most, then the blocks with the largest scores; ties to the lower index.
+// Takes a row down to the rule's most blocks, which are at least those that it always keeps: these,
+// then columns, those first that are asked for most, then the blocks with the largest scores; ties
+// to the lower index.
 //   columns, most_asked  of the row's head, or nullptr where the row takes none
 //   scratch [n], words [2 * ceil(n / 64)]
 FLEXPREFILL_HOST_DEVICE inline void limit_row(const float* scores, int64_t i, int64_t n,
-                                              int64_t most, const uint64_t* columns,
+                                              const BlockCoverRule& rule, const uint64_t* columns,
                                               const float* most_asked, Histogram* histogram,
                                               float* scratch, uint64_t* words, uint64_t* row) {
-  if (count_bits(row, n) <= most) return;
+  if (count_bits(row, n) <= rule.most_blocks) return;
   const int64_t size = (n + 63) / 64;
   uint64_t* kept = words;
   uint64_t* asked = words + size;
   for (int64_t w = 0; w < size; ++w) {
-    kept[w] = always_word(i, w);
+    kept[w] = always_word(i, rule.near, w);
     asked[w] = columns != nullptr ? (row[w] & columns[w]) | kept[w] : kept[w];
   }
-  int64_t left = most - count_bits(kept, n);
+  int64_t left = rule.most_blocks - count_bits(kept, n);
   const int64_t columns_left = count_bits(asked, n) - count_bits(kept, n);
   if (columns_left > left) {
     add_best_of(most_asked, i + 1, asked, left, histogram, scratch, kept);
@@ -228,8 +237,8 @@ FLEXPREFILL_HOST_DEVICE inline void limit_row(const float* scores, int64_t i, in
   for (int64_t w = 0; w < size; ++w) row[w] = kept[w];
 }
 
-// Row i of a head: blocks 0, i - 1 and i, then the largest until their sum reaches gamma of the
-// row's, ties to the lower index; the columns before i, if given; no more blocks than the rule
+// Row i of a head: blocks 0 and i - near to i, then the largest until their sum reaches gamma of
+// the row's, ties to the lower index; the columns before i, if given; no more blocks than the rule
 // says.
 //   scores [i + 1]  the row of the map, sums to about 1
 // For the other arguments see limit_row, which alone uses most_asked, scratch and words.
@@ -238,18 +247,18 @@ FLEXPREFILL_HOST_DEVICE inline RowMass keep_cover(const float* scores, int64_t i
                                                   const uint64_t* columns, const float* most_asked,
                                                   Histogram* histogram, float* scratch,
                                                   uint64_t* words, uint64_t* row) {
-  for (int64_t w = 0; w < (n + 63) / 64; ++w) row[w] = always_word(i, w);
+  for (int64_t w = 0; w < (n + 63) / 64; ++w) row[w] = always_word(i, rule.near, w);
   RowMass mass;
   mass.total = sum_of_masses(scores, i + 1);
   mass.wanted = mass_to_reach(rule.gamma, mass.total);
+  const int64_t far = i - rule.near;  // from here on all are kept
   uint64_t have = fixed_mass(scores[0]);
-  if (i > 0) have += fixed_mass(scores[i]);
-  if (i > 1) have += fixed_mass(scores[i - 1]);
-  if (i > 2) add_reaching(scores, 1, i - 1, have, mass.wanted, histogram, row);
+  for (int64_t j = far > 1 ? far : 1; j <= i; ++j) have += fixed_mass(scores[j]);
+  if (far > 1) add_reaching(scores, 1, far, have, mass.wanted, histogram, row);
   for (int64_t w = 0; columns != nullptr && w < (n + 63) / 64; ++w) {
     row[w] |= columns[w] & range_word(0, i + 1, w);
   }
-  limit_row(scores, i, n, rule.most_blocks, columns, most_asked, histogram, scratch, words, row);
+  limit_row(scores, i, n, rule, columns, most_asked, histogram, scratch, words, row);
   for (int64_t j = 0; j <= i; ++j) {
     if (has_bit(row, j)) mass.kept += fixed_mass(scores[j]);
   }

@@ -40,11 +40,13 @@ struct WaveSize {
         std::clamp<int64_t>(ceil_div(kTasksPerWorker * workers, chunks), 1, problem.h_kv));
     heads = static_cast<int64_t>(kv_heads) * problem.group();
     n_kv = problem.grids[sequence].n_kv;
-    pools = ceil_div(s_kv, kCoverPool);
+    pool_tokens = cover_pool(problem.block_size, s_kv);
+    pools = ceil_div(s_kv, pool_tokens);
     pool_tiles = ceil_div(pools, kTile);
   }
   int32_t kv_heads = 0;
   int64_t heads = 0, chunks = 0, n_kv = 0;
+  int64_t pool_tokens = 0;            // of a mean
   int64_t pools = 0, pool_tiles = 0;  // means of keys, and tiles of them
 };
 
@@ -186,7 +188,7 @@ class CoverWave {
     return problem_.k(sequence_, static_cast<int32_t>(first_kv_ + kv));
   }
   int64_t words() const { return BlockBits::words_per_row(grid_); }
-  int64_t per_block() const { return problem_.block_size / kCoverPool; }  // means of a block
+  int64_t per_block() const { return problem_.block_size / size_.pool_tokens; }  // means of a block
   int64_t blocks_per_panel() const { return tiles_.panel / per_block(); }
   int64_t asking_block(int64_t k) const {
     return (position_ + asking_.row(k)) / problem_.block_size;
@@ -238,8 +240,9 @@ class CoverWave {
                          problem_.d_qk, worker.keys);
         j += run;
       }
-      for (int64_t first = begin; first < begin + n; first += kCoverPool) {
-        pool(k, {first, std::min(first + kCoverPool, begin + n)}, k_mean(kv, first / kCoverPool));
+      for (int64_t first = begin; first < begin + n; first += size_.pool_tokens) {
+        pool(k, {first, std::min(first + size_.pool_tokens, begin + n)},
+             k_mean(kv, first / size_.pool_tokens));
       }
       for (int64_t g = 0; g < problem_.group(); ++g) {
         add_tile(worker, kv * problem_.group() + g, begin, n);
@@ -326,13 +329,14 @@ class CoverWave {
         visible[l] = static_cast<float>(std::clamp<int64_t>(seen, 0, n));
       }
       const bool ends = begin + n == size_.pools;
-      const auto last_tokens = static_cast<float>(lengths_.s_kv - (size_.pools - 1) * kCoverPool);
+      const auto last_share =
+          static_cast<float>(key_share(lengths_.s_kv, size_.pool_tokens, size_.pools - 1));
       ops_.block_stats({.s = worker.tile,
                         .panel = panel,
                         .n = static_cast<int>(n),
                         .scale = scale_,
                         .visible = masked ? visible : nullptr},
-                       static_cast<int>(per_block()), ends ? last_tokens / kCoverPool : 1.0f, panel,
+                       static_cast<int>(per_block()), ends ? last_share : 1.0f, panel,
                        worker.max + begin / per_block() * panel,
                        worker.share + begin / per_block() * panel);
     }
@@ -360,8 +364,8 @@ class CoverWave {
       const int64_t first_token =
           (grid_.first_q_block + first_row + r) * problem_.block_size - position_;
       for (int64_t a = 0; a < per_block(); ++a) {
-        const int64_t begin = std::max(first_token + a * kCoverPool, block.begin);
-        const int64_t end = std::min(first_token + (a + 1) * kCoverPool, block.end);
+        const int64_t begin = std::max(first_token + a * size_.pool_tokens, block.begin);
+        const int64_t end = std::min(first_token + (a + 1) * size_.pool_tokens, block.end);
         if (begin >= end) continue;
         const int64_t lane = r * per_block() + a;
         weight[lane] =

@@ -1,6 +1,6 @@
 // BlockCover on the device.
 //
-//   pool_means_kernel  means of 32 queries and of 32 keys        select_cover_cuda_means.cuh
+//   pool_means_kernel  means of queries and of keys              select_cover_cuda_means.cuh
 //   asks_kernel        the asking rows by all keys               select_cover_cuda_asks.cuh
 //   columns_kernel     the columns
 //   cover_map_kernel   the map and the decisions, row by row     select_cover_cuda_map.cuh
@@ -80,13 +80,31 @@ __global__ void __launch_bounds__(kCoverAuditThreads)
 
 // ---- The host's half ----------------------------------------------------------------------------
 
-int32_t means_of_block(const Problem& problem) { return problem.block_size / kPool; }
-int32_t tile_blocks(const Problem& problem) { return CoverTile::kRows / means_of_block(problem); }
+// Means of a block of a sequence.
+int64_t means_of_block(const Problem& problem, int64_t s) {
+  return problem.block_size / cover_pool(problem.block_size, problem.lengths[s].s_kv);
+}
+int64_t most_means_of_block(const Problem& problem) {
+  int64_t most = 1;
+  for (int64_t s = 0; s < problem.b(); ++s) most = std::max(most, means_of_block(problem, s));
+  return most;
+}
+// Query blocks of a task of the map.
+int64_t tile_blocks(const Problem& problem, int64_t s) {
+  return CoverTile::kRows / means_of_block(problem, s);
+}
+int64_t most_tile_blocks(const Problem& problem) {
+  int64_t most = 1;
+  for (int64_t s = 0; s < problem.b(); ++s) most = std::max(most, tile_blocks(problem, s));
+  return most;
+}
 
 int64_t map_tasks(const Problem& problem) {
-  int64_t most = 0;
-  for (const BlockGrid& grid : problem.grids) most = std::max(most, grid.n_q);
-  return ceil_div(most, tile_blocks(problem)) * problem.b() * problem.h_q;
+  int64_t most = 0;  // of a head
+  for (int64_t s = 0; s < problem.b(); ++s) {
+    most = std::max(most, ceil_div(problem.grids[s].n_q, tile_blocks(problem, s)));
+  }
+  return most * problem.b() * problem.h_q;
 }
 
 // Tiles of keys of a CTA of asks_kernel. Its rows, its launch and its end are taken to
@@ -163,19 +181,19 @@ CoverMemory lay_out_cover(const Problem& problem, const BlockCover& pattern, int
     memory.max_chunks = std::max(memory.max_chunks, static_cast<int32_t>(problem.lengths[s].s_kv));
   }
   // Whole tiles, so that nobody asks whether an entry exists before it is written.
-  memory.pitch = static_cast<int32_t>(ceil_div(memory.pitch, tile_blocks(problem))) *
-                 static_cast<int32_t>(tile_blocks(problem));
+  const int64_t most_blocks = most_tile_blocks(problem);
+  memory.pitch = static_cast<int32_t>(ceil_div(memory.pitch, most_blocks) * most_blocks);
   memory.chunk_tiles = chunk_tiles(problem, pattern);
   memory.max_chunks =
       static_cast<int32_t>(ceil_div(memory.max_chunks, memory.chunk_tiles * CoverTile::kColumns));
   memory.ctas = std::min(map_tasks(problem), kResident * device_info().multiprocessors);
-  memory.scratch_bytes = cover_scratch_bytes(tile_blocks(problem), memory.pitch);
+  memory.scratch_bytes = cover_scratch_bytes(most_blocks, memory.pitch);
 
   select.kind = HeadRule::Kind::kBlocks;
   select.not_finite = arena.take<uint8_t>(heads);
   select.tickets = arena.take<uint32_t>(2 * heads);
   const auto with_groups = [&](int64_t blocks, int64_t all_heads) {
-    return blocks * means_of_block(problem) + all_heads * kMeansTogether;
+    return blocks * most_means_of_block(problem) + all_heads * kMeansTogether;
   };
   memory.key_means = with_groups(key_blocks, problem.b() * problem.h_kv);
   memory.query_means = with_groups(problem.first_row.back(), heads);
@@ -199,8 +217,8 @@ void select_cover(const Problem& problem, const BlockCover& pattern, const Selec
   p.memory = memory;
   if (select.audit == nullptr) p.memory.group_mass = nullptr;
   p.rule = block_cover_rule(pattern, problem.block_size);
-  p.per_block = means_of_block(problem);
-  p.tile_blocks = tile_blocks(problem);
+  p.block_size = problem.block_size;
+  p.most_per_block = static_cast<int32_t>(most_means_of_block(problem));
   grid_of(map_tasks(problem));  // numbers that fit
   p.tasks = static_cast<int32_t>(map_tasks(problem));
   p.drawn = select.tickets + 1;  // the columns' kernel takes every second one

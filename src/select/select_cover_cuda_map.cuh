@@ -32,9 +32,13 @@ inline int64_t cover_scratch_bytes(int64_t tile_blocks, int64_t n_kv) {
   return tile_blocks * n_kv * static_cast<int64_t>(sizeof(__half));
 }
 
+__device__ inline BlockTask map_task(const SelectProblem& select, const CoverParams& p, int32_t t) {
+  return {select, t, [&](const DeviceSequence& sequence) { return p.tile_blocks(sequence); }};
+}
+
 // A task in means.
 struct MeansMapTask {
-  int32_t per_block;
+  int32_t pool, per_block;
   int32_t first;       // number of the tile's first mean of queries, and of the keys' beside it
   int32_t begin, end;  // rows of the tile that have queries
   int32_t s_kv, n_kv, position;
@@ -44,12 +48,13 @@ struct MeansMapTask {
   __device__ MeansMapTask(const SelectProblem& select, const CoverParams& p,
                           const BlockTask& task) {
     const DeviceSequence& sequence = select.problem.sequences[task.view.sequence];
-    per_block = p.per_block;
+    pool = p.pool(sequence);
+    per_block = p.per_block(sequence);
     first = task.first_block * per_block;
     s_kv = sequence.s_kv;
     n_kv = sequence.n_kv;
     position = sequence.first_position();
-    const int32_t from = position / kPool - first, to = (s_kv + kPool - 1) / kPool - first;
+    const int32_t from = position / pool - first, to = (s_kv + pool - 1) / pool - first;
     begin = from > 0 ? from : 0;
     end = to < CoverTile::kRows ? to : CoverTile::kRows;
     tiles = (first + end - 1) / CoverTile::kColumns + 1;
@@ -58,12 +63,12 @@ struct MeansMapTask {
   }
   // Tokens of row r, which exists.
   __device__ int32_t tokens(int32_t r) const {
-    const int32_t from = (first + r) * kPool, to = from + kPool;
+    const int32_t from = (first + r) * pool, to = from + pool;
     return (to < s_kv ? to : s_kv) - (from > position ? from : position);
   }
   // Tokens of the block of row r.
   __device__ int32_t block_tokens(int32_t r) const {
-    const int32_t size = per_block * kPool, from = (first + r) / per_block * size;
+    const int32_t size = per_block * pool, from = (first + r) / per_block * size;
     const int32_t to = from + size < s_kv ? from + size : s_kv;
     return to - (from > position ? from : position);
   }
@@ -78,9 +83,10 @@ __device__ inline void mask_means(const MeansMapTask& task, const TileThread& me
                                   float scale, TileScores& x) {
   const int32_t column = tile * CoverTile::kColumns + me.column0;
   if (tile * CoverTile::kColumns + me.first_column() + 63 <= task.first + me.first_row()) return;
-  const int32_t last_mean = (task.s_kv - 1) / kPool, ragged = task.s_kv - last_mean * kPool;
-  const float less =
-      ragged < kPool ? log2f(static_cast<float>(ragged) / static_cast<float>(kPool)) / scale : 0.0f;
+  const int32_t last_mean = (task.s_kv - 1) / task.pool, ragged = task.s_kv - last_mean * task.pool;
+  const float less = ragged < task.pool
+                         ? log2f(static_cast<float>(ragged) / static_cast<float>(task.pool)) / scale
+                         : 0.0f;
 #pragma unroll
   for (int r = 0; r < 8; ++r) {
     const int32_t last = task.first + row_at(me, r) - column;
@@ -255,7 +261,7 @@ __global__ void __launch_bounds__(CoverTile::kThreads, 2)
   const int32_t d = problem.d_qk, steps = CoverTile::steps(d);
   for (auto t = static_cast<int32_t>(blockIdx.x); t < p.tasks;
        t += static_cast<int32_t>(gridDim.x)) {
-    const BlockTask task(select, p.tile_blocks, t);
+    const BlockTask task = map_task(select, p, t);
     // Asked together: other CTAs write it meanwhile.
     const bool skip = !task.any || select.not_finite[task.view.number] != 0;
     if (__syncthreads_count(skip ? 1 : 0) != 0) continue;
@@ -264,7 +270,7 @@ __global__ void __launch_bounds__(CoverTile::kThreads, 2)
     const int64_t row_bytes = int64_t{d} * 2;
     const std::byte* q =
         p.memory.q_means + (first_query_mean(select, p, task.view.sequence, task.view.head) +
-                            means.first - int64_t{sequence.first_q_block} * p.per_block) *
+                            means.first - int64_t{sequence.first_q_block} * means.per_block) *
                                row_bytes;
     const std::byte* k =
         p.memory.k_means + first_key_mean(select, p, task.view.sequence, task.kv) * row_bytes;
@@ -306,9 +312,9 @@ __global__ void __launch_bounds__(CoverTile::kThreads, 2)
             const auto me = TileThread::of<CoverTile>();
             const float scale = scale_scores(select.scale_log2, x);
             mask_means(means, me, tile, scale, x);
-            if (p.per_block == 4) {
+            if (means.per_block == 4) {
               write_map_tile<4>(means, me, tile, scale, x, shared);
-            } else if (p.per_block == 2) {
+            } else if (means.per_block == 2) {
               write_map_tile<2>(means, me, tile, scale, x, shared);
             } else {
               write_map_tile<1>(means, me, tile, scale, x, shared);

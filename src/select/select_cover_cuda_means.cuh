@@ -1,4 +1,4 @@
-// BlockCover's means of 32 queries and of 32 keys, in the element type. Each element of Q and K is
+// BlockCover's means of up to 32 queries and keys, in the element type. Each element of Q and K is
 // read once, from memory, which bounds it as long as enough loads are under way; so tensor cores
 // add the rows up, and a warp has loads of the next 64 columns under way meanwhile.
 #ifndef FLEXPREFILL_SRC_SELECT_SELECT_COVER_CUDA_MEANS_CUH_
@@ -36,7 +36,7 @@ __device__ inline PooledMean find_mean(const SelectProblem& select, const CoverP
                                        bool of_keys, uint32_t number) {
   const DeviceProblem& problem = select.problem;
   const uint32_t heads = of_keys ? problem.h_kv : problem.h_q;
-  const uint32_t each = (of_keys ? problem.max_n_kv : problem.max_n_q) * p.per_block;
+  const uint32_t each = (of_keys ? problem.max_n_kv : problem.max_n_q) * p.most_per_block;
   const auto h = static_cast<int32_t>(number % heads);
   const auto nth = static_cast<int32_t>(number / heads % each);
   const auto s = static_cast<int32_t>(number / heads / each);
@@ -45,10 +45,10 @@ __device__ inline PooledMean find_mean(const SelectProblem& select, const CoverP
   const DeviceSequence& sequence = problem.sequences[s];
   const int32_t blocks = of_keys ? sequence.n_kv : sequence.n_q;
   const int32_t position = of_keys ? 0 : sequence.first_position();
-  const int32_t pool = (of_keys ? 0 : sequence.first_q_block) * p.per_block + nth;
-  const int32_t from = pool * kPool > position ? pool * kPool : position;
-  const int32_t to = min(pool * kPool + kPool, sequence.s_kv);
-  if (nth >= blocks * p.per_block || from >= to) return mean;
+  const int32_t tokens = p.pool(sequence), per_block = p.per_block(sequence);
+  const int32_t begin = ((of_keys ? 0 : sequence.first_q_block) * per_block + nth) * tokens;
+  const int32_t from = max(begin, position), to = min(begin + tokens, sequence.s_kv);
+  if (nth >= blocks * per_block || from >= to) return mean;
   const int64_t row = of_keys ? first_key_mean(select, p, s, h) + key_place(nth)
                               : first_query_mean(select, p, s, h) + query_place(nth);
   mean.to = (of_keys ? p.memory.k_means : p.memory.q_means) + row * problem.d_qk * 2;
@@ -250,10 +250,10 @@ template <typename Element>
 void launch_pool_means(const SelectProblem& select, const CoverParams& p, bool beside,
                        void* stream) {
   const DeviceProblem& problem = select.problem;
-  const int64_t keys = int64_t{problem.max_n_kv} * p.per_block * problem.b * problem.h_kv;
-  const int64_t queries = int64_t{problem.max_n_q} * p.per_block * problem.b * problem.h_q;
+  const int64_t keys = int64_t{problem.max_n_kv} * p.most_per_block * problem.b * problem.h_kv;
+  const int64_t queries = int64_t{problem.max_n_q} * p.most_per_block * problem.b * problem.h_q;
   const bool near_keys =
-      select.k_aligned && (problem.page_table == nullptr || problem.page_size % kPool == 0);
+      select.k_aligned && (problem.page_table == nullptr || problem.page_size % kCoverPool == 0);
   const auto launch = [&](auto kernel, bool takes_keys, bool takes_queries) {
     const PoolMeans means{takes_keys ? grid_of(keys) : 0, takes_queries ? grid_of(queries) : 0};
     const int64_t count = int64_t{means.keys} + means.queries;

@@ -15,19 +15,29 @@
 namespace flexprefill {
 
 using CoverTile = ProductTile<2, true>;
-constexpr int32_t kPool = static_cast<int32_t>(kCoverPool);
 static_assert(kCoverAskingRows == CoverTile::kRows);
 
 struct CoverParams {
   CoverMemory memory;
   BlockCoverRule rule;
-  int32_t per_block;    // means of a block
-  int32_t tile_blocks;  // query blocks of a task of the map
-  int32_t tasks;        // some of them gaps
-  int32_t stages;       // of the ring
-  int32_t slices;       // of a head's columns
-  int32_t ring_bytes;   // with the resident rows
-  uint32_t* drawn;      // tasks of the map that CTAs drew; 0
+  int32_t block_size;
+  int32_t most_per_block;  // means of a block, of any sequence
+  int32_t tasks;           // of the map, some of them gaps
+  int32_t stages;          // of the ring
+  int32_t slices;          // of a head's columns
+  int32_t ring_bytes;      // with the resident rows
+  uint32_t* drawn;         // tasks of the map that CTAs drew; 0
+
+  // Tokens of a sequence's means, how many of them a block has, and query blocks of a task.
+  __device__ int32_t pool(const DeviceSequence& sequence) const {
+    return static_cast<int32_t>(cover_pool(block_size, sequence.s_kv));
+  }
+  __device__ int32_t per_block(const DeviceSequence& sequence) const {
+    return block_size / pool(sequence);
+  }
+  __device__ int32_t tile_blocks(const DeviceSequence& sequence) const {
+    return CoverTile::kRows / per_block(sequence);
+  }
 
   // Query blocks that hold asking rows, at most.
   __host__ __device__ static int32_t groups(int32_t block_size) {
@@ -47,7 +57,7 @@ __device__ inline int32_t key_place(int32_t mean) {
 }
 // Where a head's means begin, which have room for whole groups of 16. head: of all sequences'.
 __device__ inline int64_t first_mean_of(const CoverParams& p, int64_t blocks_before, int32_t head) {
-  return blocks_before * p.per_block + int64_t{head} * kMeansTogether;
+  return blocks_before * p.most_per_block + int64_t{head} * kMeansTogether;
 }
 __device__ inline int64_t first_key_mean(const SelectProblem& select, const CoverParams& p,
                                          int32_t s, int32_t kv) {

@@ -42,17 +42,17 @@ __device__ inline uint32_t unit_mask(int32_t first, int32_t begin, int32_t end) 
   return high > low && low < 8 ? (0xffu >> (8 - high)) & (0xffu << low) : 0u;
 }
 
-// f(bits) for the entries 1 .. i - 2 of a row, eight at a time to each lane, and f(0) for some
+// f(bits) for the entries 1 .. end - 1 of a row, eight at a time to each lane, and f(0) for some
 // that are none: the warp stays together.
 template <typename F>
-__device__ inline void for_map_entries(const __half* row, int32_t i, const F& f) {
+__device__ inline void for_map_entries(const __half* row, int32_t end, const F& f) {
   const int32_t lane = lane_here();
 #pragma unroll 2
-  for (int32_t from = 0; from <= i; from += 256) {
+  for (int32_t from = 0; from < end; from += 256) {
     const int32_t first = from + 8 * lane;
     MapUnit unit{};
-    if (first <= i) unit.halves = *reinterpret_cast<const uint4*>(row + first);
-    const uint32_t mask = unit_mask(first, 1, i - 1);
+    if (first < end) unit.halves = *reinterpret_cast<const uint4*>(row + first);
+    const uint32_t mask = unit_mask(first, 1, end);
 #pragma unroll
     for (int e = 0; e < 8; ++e) f((mask >> e & 1) != 0 ? unit.bits(e) : 0);
   }
@@ -69,7 +69,9 @@ struct MapTaken {
   uint32_t ties = 0;
 };
 
-__device__ inline bool always_keeps(int32_t i, int32_t j) { return j == 0 || j == i || j == i - 1; }
+__device__ inline bool always_keeps(const BlockCoverRule& rule, int32_t i, int32_t j) {
+  return j == 0 || j >= i - rule.near;
+}
 
 // Writes the words of row i: keep(j), asked by all lanes for 32 blocks at a time in ascending
 // order, at most `i` of them. It may read what the row was, of block j.
@@ -94,22 +96,23 @@ __device__ inline void write_cover_row(int32_t i, int32_t n, uint64_t* row, cons
 
 // limit_row, for a row that has too many blocks.
 template <typename Score>
-__device__ inline void limit_row_warp(const Score& score, int32_t i, int32_t n, int32_t most,
-                                      const uint64_t* columns, const float* most_asked,
-                                      uint64_t* row) {
+__device__ inline void limit_row_warp(const Score& score, int32_t i, int32_t n,
+                                      const BlockCoverRule& rule, const uint64_t* columns,
+                                      const float* most_asked, uint64_t* row) {
   const int32_t lane = lane_here();
   const auto is_column = [&](int32_t j) {
-    return columns != nullptr && has_bit(columns, j) && !always_keeps(i, j);
+    return columns != nullptr && has_bit(columns, j) && !always_keeps(rule, i, j);
   };
   uint32_t own = 0;
 #pragma unroll 1
   for (int32_t j = lane; j <= i; j += 32) own += is_column(j) ? 1 : 0;
   const auto asked = static_cast<int32_t>(__reduce_add_sync(kWholeWarp, own));
-  const int32_t left = most - (i > 1 ? static_cast<int32_t>(kCoverLeastBlocks) : i + 1);
+  const int32_t left = static_cast<int32_t>(rule.most_blocks) - min(i + 1, rule.near + 2);
   const bool columns_alone = asked > left;
   // Which blocks compete for the places that are left, and by what.
   const auto competes = [&](int32_t j) {
-    return columns_alone ? is_column(j) : has_bit(row, j) && !is_column(j) && !always_keeps(i, j);
+    return columns_alone ? is_column(j)
+                         : has_bit(row, j) && !is_column(j) && !always_keeps(rule, i, j);
   };
   const auto value = [&](int32_t j) { return columns_alone ? most_asked[j] : score(j); };
   TakenWarp taken{};
@@ -119,7 +122,7 @@ __device__ inline void limit_row_warp(const Score& score, int32_t i, int32_t n, 
   write_cover_row(i, n, row, [&](int32_t j, bool there) {
     const bool eligible = there && competes(j);
     const bool takes = taken.takes(eligible ? value(j) : -1.0f, eligible);
-    return takes || (there && (always_keeps(i, j) || (!columns_alone && is_column(j))));
+    return takes || (there && (always_keeps(rule, i, j) || (!columns_alone && is_column(j))));
   });
 }
 
@@ -178,16 +181,16 @@ __device__ inline uint32_t find_bin(const uint32_t (&sums)[kBins], uint64_t abov
   return static_cast<uint32_t>(source) * kBins + bin - 1;
 }
 
-// The largest of entries 1 .. i - 2 that together with `have` reach what is wanted, if they must
+// The largest of entries 1 .. end - 1 that together with `have` reach what is wanted, if they must
 // (take_largest, and the entry at which it stops). mass: gets total and wanted.
 //
 // Two histograms of sums of digits, first by the exponent and three more bits, then by the other
 // seven: a lane adds up the bins of one exponent, and later four values. A walk down the bits, one
 // sweep over the row for each, took three quarters of the instructions of the map's kernel.
-__device__ inline MapTaken cover_row_warp(const __half* row, int32_t i, float gamma, uint64_t have,
-                                          CoverSharedWarp& shared, RowMass& mass) {
+__device__ inline MapTaken cover_row_warp(const __half* row, int32_t end, float gamma,
+                                          uint64_t have, CoverSharedWarp& shared, RowMass& mass) {
   const auto lane = static_cast<uint32_t>(lane_here());
-  for_map_entries(row, i, [&](uint32_t bits) {
+  for_map_entries(row, end, [&](uint32_t bits) {
     uint32_t* bin = &shared.bins[bits >> 7 & 7][bits >> 10][lane % 4];
     if (const uint32_t digits = map_digits(bits); digits != 0) atomicAdd(bin, digits);
   });
@@ -204,7 +207,7 @@ __device__ inline MapTaken cover_row_warp(const __half* row, int32_t i, float ga
   uint64_t left = mass.wanted - have - 1;
   const uint32_t top = find_bin(sums, from - own, left, map_places);
 
-  for_map_entries(row, i, [&](uint32_t bits) {
+  for_map_entries(row, end, [&](uint32_t bits) {
     uint32_t* bin = &shared.bins[bits & 3][bits >> 2 & 31][lane % 4];
     if (bits >> 7 == top) atomicAdd(bin, map_digits(bits));
   });
@@ -229,10 +232,10 @@ __device__ inline RowMass keep_cover_warp(const __half* map_row, int32_t i, int3
   const int32_t lane = lane_here();
   const auto mass_at = [&](int32_t j) { return map_mass(__half_as_ushort(map_row[j])); };
   RowMass mass;
+  const int32_t far = i - rule.near;  // from here on all are kept
   uint64_t have = mass_at(0);
-  if (i > 0) have += mass_at(i);
-  if (i > 1) have += mass_at(i - 1);
-  const MapTaken taken = cover_row_warp(map_row, i, rule.gamma, have, shared, mass);
+  for (int32_t j = max(far, 1); j <= i; ++j) have += mass_at(j);
+  const MapTaken taken = cover_row_warp(map_row, far, rule.gamma, have, shared, mass);
 
   // A lane has a byte of every 32 of the row.
   auto* bytes = reinterpret_cast<uint8_t*>(row);
@@ -243,7 +246,7 @@ __device__ inline RowMass keep_cover_warp(const __half* map_row, int32_t i, int3
 #pragma unroll 1
   for (int32_t from = 0; from < size; from += 32) {
     const int32_t byte = from + lane, first = 8 * byte;
-    const uint32_t there = unit_mask(first, 0, i + 1), eligible = unit_mask(first, 1, i - 1);
+    const uint32_t there = unit_mask(first, 0, i + 1), eligible = unit_mask(first, 1, far);
     MapUnit unit{};
     if (there != 0) unit.halves = *reinterpret_cast<const uint4*>(map_row + first);
     uint32_t above = 0, equal = 0;
@@ -278,8 +281,8 @@ __device__ inline RowMass keep_cover_warp(const __half* map_row, int32_t i, int3
   count = __reduce_add_sync(kWholeWarp, count);
   if (count > rule.most_blocks) {
     __syncwarp();
-    limit_row_warp([&](int32_t j) { return map_entry(map_row, j); }, i, n,
-                   static_cast<int32_t>(rule.most_blocks), columns, most_asked, row);
+    limit_row_warp([&](int32_t j) { return map_entry(map_row, j); }, i, n, rule, columns,
+                   most_asked, row);
     mass.kept = 0;
 #pragma unroll 1
     for (int32_t j = lane; weighs && j <= i; j += 32) {

@@ -39,9 +39,11 @@ __device__ __forceinline__ void mask_means(const MeansMapTask& task, const MapTh
                                            int32_t column, float scale, CoverScores& scores) {
   if (column + 127 <= task.first + me.warp_row) return;
   column += me.first_column;
-  const int32_t last_mean = (task.s_kv - 1) / kPool, ragged = task.s_kv - last_mean * kPool;
-  const float less =
-      ragged < kPool ? log2f(static_cast<float>(ragged) / static_cast<float>(kPool)) / scale : 0.0f;
+  const int32_t last_mean = (task.s_kv - 1) / task.pool;
+  const int32_t ragged = task.s_kv - last_mean * task.pool;
+  const float less = ragged < task.pool
+                         ? log2f(static_cast<float>(ragged) / static_cast<float>(task.pool)) / scale
+                         : 0.0f;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int32_t last = task.first + me.first_row + r - column;
@@ -179,7 +181,7 @@ __device__ inline void start_loads(const CoverSm90Params& params, CoverRing<Shap
   const DeviceSequence& sequence = params.select.problem.sequences[task.view.sequence];
   const int64_t first =
       first_query_mean(params.select, params.cover, task.view.sequence, task.view.head) +
-      int64_t{task.first_block - sequence.first_q_block} * params.cover.per_block;
+      int64_t{task.first_block - sequence.first_q_block} * shared.means.per_block;
   load_means<Shape>(params.query_means, &shared.tiles.rows_full, shared.tiles.rows,
                     static_cast<int32_t>(first));
 #pragma unroll 1
@@ -272,7 +274,7 @@ __global__ void __launch_bounds__(kCoverComputeThreads, Shape::kCtas)
     if (thread == 0) {
       // Each CTA begins with one of the longest tasks, and draws the others.
       shared.next_task = static_cast<int32_t>(gridDim.x + atomicAdd(params.cover.drawn, 1u));
-      shared.task = BlockTask(select, params.cover.tile_blocks, t);
+      shared.task = map_task(select, params.cover, t);
       // Asked by one: other CTAs write it meanwhile, and so may the kernel before.
       shared.skips = !shared.task.any || select.not_finite[shared.task.view.number] != 0;
       if (!shared.skips) {

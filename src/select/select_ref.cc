@@ -67,6 +67,7 @@ struct Head {
   SequenceLengths lengths = problem.lengths[sequence];
   BlockGrid grid = problem.grids[sequence];
   int64_t block_size = problem.block_size;
+  int64_t pool_tokens = cover_pool(block_size, lengths.s_kv);  // of a mean of BlockCover
   Probe probe = Probe(lengths, block_size);
   RowView q = problem.q(sequence, head);
   RowView k = problem.k(sequence, problem.kv_head(head));
@@ -320,15 +321,15 @@ std::vector<Vector> asking_masses(const Head& head, const AskingRows& asking) {
   return masses;
 }
 
-// Means of the tokens [pool * kCoverPool, ...) of a side, and how many there are.
+// The mean of the tokens [pool * pool_tokens, ...) of a side, and how many there are.
 struct Pool {
   Vector mean;
   double tokens = 0;
 };
 Pool pool_of(const Head& head, bool queries, int64_t pool) {
   const int64_t first = queries ? head.lengths.s_kv - head.lengths.s_q : 0;
-  const int64_t begin = std::max(pool * kCoverPool, first);
-  const int64_t end = std::min((pool + 1) * kCoverPool, head.lengths.s_kv);
+  const int64_t begin = std::max(pool * head.pool_tokens, first);
+  const int64_t end = std::min((pool + 1) * head.pool_tokens, head.lengths.s_kv);
   if (begin >= end) return {};
   return {mean_row(head.problem, queries ? head.q : head.k, {begin - first, end - first}),
           static_cast<double>(end - begin)};
@@ -337,7 +338,7 @@ Pool pool_of(const Head& head, bool queries, int64_t pool) {
 // Row i of the map: of each pool of its queries the softmax over the pools of keys up to its own,
 // which count by their tokens; summed to blocks, the pools of queries by their tokens.
 Vector cover_map_row(const Head& head, const std::vector<Pool>& keys, int64_t i) {
-  const int64_t per_block = head.block_size / kCoverPool;
+  const int64_t per_block = head.block_size / head.pool_tokens;
   Vector row(i + 1, 0.0);
   double tokens = 0;
   for (int64_t a = i * per_block; a < (i + 1) * per_block; ++a) {
@@ -373,7 +374,7 @@ HeadAudit select_block_cover(const Head& head, const BlockCover& pattern, const 
 
   const BlockCoverRule rule = block_cover_rule(pattern, head.block_size);
   std::vector<Pool> keys;
-  for (int64_t c = 0; c * kCoverPool < head.lengths.s_kv; ++c) {
+  for (int64_t c = 0; c * head.pool_tokens < head.lengths.s_kv; ++c) {
     keys.push_back(pool_of(head, false, c));
   }
   HeadAudit audit{.pattern = HeadPattern::kBlockCover,

@@ -113,15 +113,16 @@ def cover_scores(q, k, block):
     s_q, s_kv = len(q), len(k)
     first, n_q, n = reference.grid(s_q, s_kv, block)
     scale = 1 / np.sqrt(q.shape[1])
-    keys = np.array([k[a:b].mean(axis=0) for a, b in blocks_of(k, 32)], np.float64)
-    tokens = np.array([b - a for a, b in blocks_of(k, 32)])
+    pool = 16 if block <= 64 and s_kv <= 16384 else 32
+    keys = np.array([k[a:b].mean(axis=0) for a, b in blocks_of(k, pool)], np.float64)
+    tokens = np.array([b - a for a, b in blocks_of(k, pool)])
     scores, weights = np.zeros((n_q, n)), np.zeros(n_q)
-    for a, b in blocks_of(q, 32, s_kv - s_q):
-        own = (s_kv - s_q + a) // 32
+    for a, b in blocks_of(q, pool, s_kv - s_q):
+        own = (s_kv - s_q + a) // pool
         logits = keys[: own + 1] @ q[a:b].mean(axis=0) * scale + np.log(tokens[: own + 1])
         p = np.exp(logits - logits.max())
-        row = own * 32 // block - first
-        np.add.at(scores[row], np.arange(own + 1) * 32 // block, (b - a) * p / p.sum())
+        row = own * pool // block - first
+        np.add.at(scores[row], np.arange(own + 1) * pool // block, (b - a) * p / p.sum())
         weights[row] += b - a
     span = min(512, s_q)
     count = min(128, span)
@@ -131,7 +132,7 @@ def cover_scores(q, k, block):
     return scores / weights[:, None], exact, (s_kv - s_q + asking) // block - first
 
 
-def cover_mask(scores, exact, asking_rows, first, pattern):
+def cover_mask(scores, exact, asking_rows, first, block, pattern):
     """What BlockCover keeps [n_q, n]."""
 
     def reach(x, share, kept):
@@ -143,10 +144,11 @@ def cover_mask(scores, exact, asking_rows, first, pattern):
     mask = np.zeros(scores.shape, bool)
     most_asked = exact.max(axis=0)
     columns = reach(most_asked, pattern.column_share, set())
-    most = np.inf if pattern.max_budget is None else max(pattern.max_budget, 3)
+    near = 128 // block
+    most = np.inf if pattern.max_budget is None else max(pattern.max_budget, near + 2)
     for r, row in enumerate(scores):
         i = first + r
-        always = {0, max(i - 1, 0), i}
+        always = {0, *range(max(i - near, 0), i + 1)}
         kept = reach(row[: i + 1], pattern.gamma, set(always))
         asked = {j for j in columns if j <= i and r >= asking_rows[0]}
         if len(kept | asked) > most:
@@ -173,7 +175,7 @@ def test_block_cover(s_q, s_kv, block, pattern):
     first = reference.grid(s_q, s_kv, block)[0]
     for h in range(4):
         scores, exact, asking_rows = cover_scores(q[0, :, h], k[0, :, h // 2], block)
-        want = cover_mask(scores, exact, asking_rows, first, pattern)
+        want = cover_mask(scores, exact, asking_rows, first, block, pattern)
         assert (index.to_mask(0, h) == want).all()
         shares = (scores * want).sum(axis=1)
         assert audit.least_row_mass[0, h] == pytest.approx(shares.min(), abs=1e-5)
