@@ -240,7 +240,10 @@ def main() -> None:
     names |= {
         "block_cover": "block_cover, .9",
         "block_cover:gamma=.86,block_size=64": "**block_cover, .86, blocks of 64**",
+        "block_cover:gamma=.93,block_size=64": ".93, blocks of 64",
+        "block_cover:gamma=.95,block_size=64": ".95, blocks of 64",
     }
+    put(PAGE, "smollm2 blocks64", score_table(load("smollm2-135m_blocks64"), names))
     put(PAGE, "blocks64", score_table(small, names))
     put(PAGE, "32k", score_table(small | {"rows": small["rows_32k"]}, names))
     of_64 = "map:decide=row,g={},use=last,mbf=1{},block_size=64"
