@@ -350,8 +350,9 @@ FLEXPREFILL_API const char* flexprefill_cpu_target_name(int32_t target);
 // ---- The stages
 //
 // `pattern` and `execution` may be NULL: flex_prefill and automatic choice. `workspace` holds at
-// least what the *_workspace_size function of the call says, any alignment. `audit` is NULL with
-// audit_count 0, or [b * h_q], sequence-major.
+// least what the *_workspace_size function says of a call with these lengths, any alignment: a
+// shorter sequence may need more than a longer one. `audit` is NULL with audit_count 0, or [b *
+// h_q], sequence-major.
 
 FLEXPREFILL_API flexprefill_status flexprefill_select_workspace_size(
     const flexprefill_input* input, const flexprefill_pattern* pattern,
