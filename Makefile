@@ -28,7 +28,7 @@ $(VENV)/.tools: tools/setup pyproject.toml
 $(VENV)/.package: $(VENV)/.tools $(PACKAGE_SOURCES)
 	@echo "Building the Python package (CUDA=$(CUDA))"
 	@pip --disable-pip-version-check install --quiet --no-build-isolation --no-deps \
-	  -C cmake.define.FLEXPREFILL_CUDA=$(CUDA) .
+	  --config-settings=cmake.define.FLEXPREFILL_CUDA=$(CUDA) .
 	@touch $@
 
 setup: $(VENV)/.package  ## Virtual environment, dependencies and the Python package

@@ -84,7 +84,7 @@ def check_cuda(name: str, device: Device) -> None:
         raise _core.UnsupportedError(
             f"{name}: expected a tensor in CPU memory, got one on {device} (this build has no CUDA "
             "backend: install where nvcc is found, or with "
-            "`pip install . -C cmake.define.FLEXPREFILL_CUDA=ON`)"
+            "`pip install . --config-settings=cmake.define.FLEXPREFILL_CUDA=ON`)"
         )
 
 
