@@ -240,11 +240,15 @@ def main() -> None:
     names |= {
         "block_cover": "block_cover, .9",
         "block_cover:gamma=.86,block_size=64": "**block_cover, .86, blocks of 64**",
+        "block_cover:gamma=.87,block_size=64": ".87, blocks of 64",
+        "block_cover:gamma=.88,block_size=64": ".88, blocks of 64",
         "block_cover:gamma=.93,block_size=64": ".93, blocks of 64",
         "block_cover:gamma=.95,block_size=64": ".95, blocks of 64",
     }
     put(PAGE, "smollm2 blocks64", score_table(load("smollm2-135m_blocks64"), names))
     put(PAGE, "blocks64", score_table(small, names))
+    put(PAGE, "blocks64 more", score_table(small | {"rows": small["rows_more"]}, names))
+    put(PAGE, "blocks64 dev", score_table(load("qwen2.5-coder-0.5b_dev_blocks64"), names))
     put(PAGE, "32k", score_table(small | {"rows": small["rows_32k"]}, names))
     of_64 = "map:decide=row,g={},use=last,mbf=1{},block_size=64"
     tried = {
