@@ -262,6 +262,28 @@ std::vector<Case> cover_cases() {
                    .layout = Layout::kPaged,
                    .fill = Fill::kStructured,
                    .seed = 97});
+  // Enough tasks that on Hopper the map makes the means of its queries itself.
+  cases.push_back({.name = "many_tasks",
+                   .lengths = {{300, 521}, {413, 413}, {137, 700}, {129, 129}},
+                   .h_q = 15,
+                   .h_kv = 3,
+                   .d_qk = 16,
+                   .d_v = 16,
+                   .dtype = DType::kBFloat16,
+                   .block_size = 64,
+                   .layout = Layout::kPacked,
+                   .fill = Fill::kStructured,
+                   .seed = 98});
+  cases.push_back({.name = "many_tasks_paged",
+                   .lengths = {{290, 521}, {413, 413}, {131, 700}},
+                   .h_q = 16,
+                   .h_kv = 8,
+                   .d_qk = 136,
+                   .d_v = 16,
+                   .dtype = DType::kFloat16,
+                   .block_size = 128,
+                   .layout = Layout::kPaged,
+                   .seed = 99});
   return cases;
 }
 

@@ -179,6 +179,15 @@ __device__ inline uint64_t wgmma_descriptor(const void* shared, uint32_t leading
          static_cast<uint64_t>(stride_bytes >> 4) << 32;
 }
 
+// Of an operand K-major without a swizzle: groups of 8 rows of 16 bytes; `leading_bytes` lie
+// between both halves of [.., 16], `stride_bytes` between groups of 8 rows.
+__device__ inline uint64_t wgmma_descriptor_plain(const void* shared, uint32_t leading_bytes,
+                                                  uint32_t stride_bytes) {
+  return static_cast<uint64_t>((shared_address(shared) & 0x3ffff) >> 4) |
+         static_cast<uint64_t>(leading_bytes >> 4) << 16 |
+         static_cast<uint64_t>(stride_bytes >> 4) << 32;
+}
+
 // The same tile `bytes` further on. The address never carries, so that the upper half stays a
 // constant.
 __device__ inline uint64_t wgmma_descriptor_at(uint64_t descriptor, uint32_t bytes) {
@@ -236,11 +245,11 @@ __device__ inline void wgmma_pin(T (&registers)[kN]) {
   "%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100," \
   "%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,"   \
   "%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
-// SHAPE: "n128k16.f32.bf16.bf16"; the last numbers are those of the operands after d.
-#define FLEXPREFILL_WGMMA_SS(SHAPE, R, D, A, B, P)                                  \
+// SHAPE: "n128k16.f32.bf16.bf16"; A, B, P: the numbers of the operands after d; TRANSPOSED: B.
+#define FLEXPREFILL_WGMMA_SS(SHAPE, R, D, A, B, P, TRANSPOSED)                      \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P                                \
                ", 0;\nwgmma.mma_async.sync.aligned.m64" SHAPE " {" R "}, " A ", " B \
-               ", p, 1, 1, 0, 0;\n}\n"                                              \
+               ", p, 1, 1, 0, " TRANSPOSED ";\n}\n"                                 \
                : D                                                                  \
                : "l"(a), "l"(b), "r"(static_cast<int32_t>(accumulate)))
 #define FLEXPREFILL_WGMMA_RS(SHAPE, R, D, A, B, P, TRANSPOSED)                                    \
@@ -258,16 +267,16 @@ __device__ inline void wgmma_ss(float (&d)[kN / 2], uint64_t a, uint64_t b, bool
   constexpr bool kBf16 = std::is_same_v<Element, __nv_bfloat16>;
   if constexpr (kN == 64 && kBf16) {
     FLEXPREFILL_WGMMA_SS("n64k16.f32.bf16.bf16", FLEXPREFILL_R32, FLEXPREFILL_D32(d, 0), "%32",
-                         "%33", "%34");
+                         "%33", "%34", "0");
   } else if constexpr (kN == 64) {
     FLEXPREFILL_WGMMA_SS("n64k16.f32.f16.f16", FLEXPREFILL_R32, FLEXPREFILL_D32(d, 0), "%32", "%33",
-                         "%34");
+                         "%34", "0");
   } else if constexpr (kBf16) {
     FLEXPREFILL_WGMMA_SS("n128k16.f32.bf16.bf16", FLEXPREFILL_R64, FLEXPREFILL_D64(d, 0), "%64",
-                         "%65", "%66");
+                         "%65", "%66", "0");
   } else {
     FLEXPREFILL_WGMMA_SS("n128k16.f32.f16.f16", FLEXPREFILL_R64, FLEXPREFILL_D64(d, 0), "%64",
-                         "%65", "%66");
+                         "%65", "%66", "0");
   }
 }
 
@@ -318,6 +327,19 @@ __device__ inline void wgmma_rs_mn(float (&d)[kN / 2], const uint32_t* a, uint64
   } else {
     FLEXPREFILL_WGMMA_RS("n256k16.f32.f16.f16", FLEXPREFILL_R128, FLEXPREFILL_D128(d, 0),
                          "%128,%129,%130,%131", "%132", "%133", "1");
+  }
+}
+
+// d += a b: a [64, 16] K-major and b [16, 64] MN-major, both in shared memory.
+template <typename Element>
+__device__ inline void wgmma_ss_mn(float (&d)[32], uint64_t a, uint64_t b) {
+  constexpr bool accumulate = true;
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+    FLEXPREFILL_WGMMA_SS("n64k16.f32.bf16.bf16", FLEXPREFILL_R32, FLEXPREFILL_D32(d, 0), "%32",
+                         "%33", "%34", "1");
+  } else {
+    FLEXPREFILL_WGMMA_SS("n64k16.f32.f16.f16", FLEXPREFILL_R32, FLEXPREFILL_D32(d, 0), "%32", "%33",
+                         "%34", "1");
   }
 }
 

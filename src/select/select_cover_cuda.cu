@@ -221,6 +221,7 @@ void select_cover(const Problem& problem, const BlockCover& pattern, const Selec
   p.most_per_block = static_cast<int32_t>(most_means_of_block(problem));
   grid_of(map_tasks(problem));  // numbers that fit
   p.tasks = static_cast<int32_t>(map_tasks(problem));
+  p.map_pools = sm90 && 3 * int64_t{p.tasks} >= device_info().multiprocessors;
   p.drawn = select.tickets + 1;  // the columns' kernel takes every second one
   p.slices = static_cast<int32_t>(ceil_div(memory.pitch, kColumnsSlice));
   if (problem.dtype == DType::kBFloat16) {

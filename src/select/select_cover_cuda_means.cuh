@@ -294,7 +294,8 @@ __global__ void __launch_bounds__(kPoolMeansThreads, kPoolMeansCtas)
   }
 }
 
-// beside: leaves room for the kernel after it.
+// Means of queries only where the map does not make them. beside: leaves room for the kernel after
+// it.
 template <typename Element>
 void launch_pool_means(const SelectProblem& select, const CoverParams& p, bool beside,
                        void* stream) {
@@ -315,8 +316,8 @@ void launch_pool_means(const SelectProblem& select, const CoverParams& p, bool b
     launch_overlapped(kernel, dim3(grid_of(ctas)), dim3(kPoolMeansThreads), 0, stream, select, p,
                       spans);
   };
-  launch(pool_any_means_kernel<Element>, !near_keys, !select.q_aligned);
-  launch(pool_means_kernel<Element>, near_keys, select.q_aligned);
+  launch(pool_any_means_kernel<Element>, !near_keys, !p.map_pools && !select.q_aligned);
+  launch(pool_means_kernel<Element>, near_keys, !p.map_pools && select.q_aligned);
 }
 
 }  // namespace flexprefill

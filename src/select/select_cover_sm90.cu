@@ -36,6 +36,8 @@ void cover_map_sm90(const Problem& problem, const SelectProblem& select, const C
   };
   params.key_means = map_of(cover.memory.k_means, cover.memory.key_means);
   params.query_means = map_of(cover.memory.q_means, cover.memory.query_means);
+  params.queries = sm90::make_tensor_map(problem.q_view, problem.d_qk, 128);
+  params.q_packed = problem.q_view.rank == 3 ? 1 : 0;
   dispatch_sm90(problem, [&]<typename Element, int kDim> {
     const int64_t ctas = std::min<int64_t>(cover.memory.ctas, cover.tasks);
     launch_cover_map_sm90<CoverShape<Element, kDim>>(params, grid_of(ctas), stream);

@@ -3,6 +3,7 @@
 #define FLEXPREFILL_SRC_SELECT_SELECT_COVER_SM90_MAP_CUH_
 
 #include "select/select_cover_cuda_map.cuh"
+#include "select/select_cover_sm90_pool.cuh"
 #include "select/select_cover_sm90_tiles.cuh"
 
 namespace flexprefill {
@@ -16,6 +17,8 @@ struct CoverMapShared {
   bool skips;
   BlockTask task;
   MeansMapTask means;
+  RowOfOnes<typename Shape::Element> ones;
+  QueryTiles queries;  // to be read; none: their means were made before
 };
 
 // Scores 4 g + 2 r + e of a thread are of the means of queries first_row + r and of keys 16 (g / 2)
@@ -159,10 +162,10 @@ __device__ __forceinline__ void clear_missing_rows(const float (&offsets)[2], Co
   }
 }
 
-// Loads of a task: its rows, and its columns for one pass and again for the other. There is no warp
-// for them, so that each thread may have 128 registers: of the warps that read a tile, the last one
-// has another loaded in its place. Means that do not exist were not written: as rows they are left
-// out, as columns masked.
+// Loads of a task: tiles of queries, numbers -count to -1, or its rows; its columns for one pass,
+// from 0 on, and again for the other. There is no warp for them, so that each thread may have 128
+// registers: of the warps that read a tile, the last one has another loaded in its place. Means
+// that do not exist were not written: as rows they are left out, as columns masked.
 template <typename Shape>
 __device__ inline void load_columns(const CoverSm90Params& params, int32_t load, uint32_t stage,
                                     CoverMapShared<Shape>& shared) {
@@ -172,48 +175,97 @@ __device__ inline void load_columns(const CoverSm90Params& params, int32_t load,
   load_means<Shape>(params.key_means, &shared.tiles.full[stage], shared.tiles.columns[stage],
                     static_cast<int32_t>(first) + tile * 128);
 }
+template <typename Shape>
+__device__ inline void load_tile(const CoverSm90Params& params, int32_t load, uint32_t stage,
+                                 CoverMapShared<Shape>& shared) {
+  if (load >= 0) return load_columns(params, load, stage, shared);
+  load_queries<Shape>(params, shared.task.view, shared.means, shared.queries.end() + load,
+                      &shared.tiles.full[stage], shared.tiles.columns[stage]);
+}
 
 // One thread; nobody reads rows or columns.
 template <typename Shape>
 __device__ inline void start_loads(const CoverSm90Params& params, CoverRing<Shape> ring,
                                    CoverMapShared<Shape>& shared) {
-  const BlockTask& task = shared.task;
-  const DeviceSequence& sequence = params.select.problem.sequences[task.view.sequence];
-  const int64_t first =
-      first_query_mean(params.select, params.cover, task.view.sequence, task.view.head) +
-      int64_t{task.first_block - sequence.first_q_block} * shared.means.per_block;
-  load_means<Shape>(params.query_means, &shared.tiles.rows_full, shared.tiles.rows,
-                    static_cast<int32_t>(first));
+  if (shared.queries.count == 0) {
+    const BlockTask& task = shared.task;
+    const DeviceSequence& sequence = params.select.problem.sequences[task.view.sequence];
+    const int64_t first =
+        first_query_mean(params.select, params.cover, task.view.sequence, task.view.head) +
+        int64_t{task.first_block - sequence.first_q_block} * shared.means.per_block;
+    load_means<Shape>(params.query_means, &shared.tiles.rows_full, shared.tiles.rows,
+                      static_cast<int32_t>(first));
+  }
+  const int32_t first = -shared.queries.count;
 #pragma unroll 1
-  for (int32_t load = 0; load < min(2 * shared.means.tiles, Shape::kStages); ++load) {
-    load_columns(params, load, ring.stage, shared);
+  for (int32_t n = 0; n < Shape::kStages && first + n < 2 * shared.means.tiles; ++n) {
+    load_tile(params, first + n, ring.stage, shared);
     ring.advance();
   }
 }
 
 // One lane of a warp that does not read load number `load` any more.
-template <typename Shape>
-__device__ inline void release_columns(const CoverSm90Params& params, int32_t load,
-                                       const CoverRing<Shape>& ring,
-                                       CoverMapShared<Shape>& shared) {
+template <bool kColumns, typename Shape>
+__device__ inline void release_tile(const CoverSm90Params& params, int32_t load,
+                                    const CoverRing<Shape>& ring, CoverMapShared<Shape>& shared) {
   constexpr uint32_t kWarps = kCoverComputeThreads / 32;
   sm90::Barrier* empty = &shared.tiles.empty[ring.stage];
   sm90::barrier_arrive(empty);
   if (atomicAdd(&shared.released[ring.stage], 1u) % kWarps != kWarps - 1) return;
   if (load + Shape::kStages >= 2 * shared.means.tiles) return;
   sm90::barrier_wait(empty, ring.parity);  // over: orders what was read
-  load_columns(params, load + Shape::kStages, ring.stage, shared);
+  if constexpr (kColumns) {
+    load_columns(params, load + Shape::kStages, ring.stage, shared);
+  } else {
+    load_tile(params, load + Shape::kStages, ring.stage, shared);
+  }
+}
+
+// Means of the task's queries, to its rows: 64 of them, then the others.
+template <typename Shape>
+__device__ __forceinline__ void pool_queries(const CoverSm90Params& params, int32_t group,
+                                             CoverRing<Shape>& ring,
+                                             CoverMapShared<Shape>& shared) {
+  const MeansMapTask& task = shared.means;
+  const int32_t end = same_in_warp(shared.queries.end()), pool = same_in_warp(task.pool);
+  int32_t tile = same_in_warp(shared.queries.first);
+#pragma unroll 1
+  for (int half = 0; half < 2; ++half) {
+    PooledQueries<Shape> means;
+#pragma unroll 1
+    for (; tile < min(end, (half + 1) * pool / 2); ++tile) {
+      uint16_t* queries = shared.tiles.columns[ring.stage];
+      sm90::barrier_wait(&shared.tiles.full[ring.stage], ring.parity);
+      clear_other_queries<Shape>(task, tile, queries);
+      if (pool == 32) {
+        means.template add<32>(shared.ones, queries, group, tile * 4 - 64 * half);
+      } else {
+        means.template add<16>(shared.ones, queries, group, tile * 8 - 64 * half);
+      }
+      __syncwarp();
+      if (lane_here() == 0) release_tile<false>(params, tile - end, ring, shared);
+      ring.advance();
+    }
+    means.store(task, group, half, shared.tiles.rows);
+  }
+  sm90::fence_proxy_async();
+  __syncthreads();
 }
 
 // Both passes. True where a row of the thread has no softmax.
 template <typename Shape>
-__device__ __forceinline__ bool compute_map(const CoverSm90Params& params, uint32_t rows_parity,
+__device__ __forceinline__ bool compute_map(const CoverSm90Params& params, uint32_t& rows_parity,
                                             CoverRing<Shape>& ring, CoverMapShared<Shape>& shared) {
   const MeansMapTask& task = shared.means;
   const int32_t group = same_in_warp(static_cast<int32_t>(threadIdx.x) / sm90::kWarpgroupThreads);
+  if (same_in_warp(shared.queries.count) > 0) {
+    pool_queries(params, group, ring, shared);
+  } else {
+    sm90::barrier_wait(&shared.tiles.rows_full, rows_parity);
+    rows_parity ^= 1;
+  }
   const int32_t last_row = same_in_warp(task.first) + group * 64 + 63;  // of the warpgroup
   const int32_t tiles = same_in_warp(task.tiles);
-  sm90::barrier_wait(&shared.tiles.rows_full, rows_parity);
   CoverScores scores;
   // work(me, column, scale): of each tile that the warpgroup's rows see some of.
   const auto pass = [&](int32_t first_load, const auto& work) {
@@ -224,7 +276,7 @@ __device__ __forceinline__ bool compute_map(const CoverSm90Params& params, uint3
       const bool needed = column <= last_row;
       if (needed) multiply_columns<Shape, 128>(shared.tiles, group, ring.stage, 0, scores);
       __syncwarp();
-      if (lane_here() == 0) release_columns(params, first_load + tile, ring, shared);
+      if (lane_here() == 0) release_tile<true>(params, first_load + tile, ring, shared);
       ring.advance();
       if (!needed) continue;
       const float scale = scale_scores(params.select.scale_log2, scores);
@@ -267,6 +319,8 @@ __global__ void __launch_bounds__(kCoverComputeThreads, Shape::kCtas)
   const auto thread = static_cast<int32_t>(threadIdx.x);
   if (thread == 0) shared.tiles.init();
   if (thread < Shape::kStages) shared.released[thread] = 0;
+  shared.ones.init();
+  sm90::fence_proxy_async();
   CoverRing<Shape> ring;
   uint32_t rows_parity = 0;
   auto t = static_cast<int32_t>(blockIdx.x);
@@ -279,13 +333,13 @@ __global__ void __launch_bounds__(kCoverComputeThreads, Shape::kCtas)
       shared.skips = !shared.task.any || select.not_finite[shared.task.view.number] != 0;
       if (!shared.skips) {
         shared.means = MeansMapTask(select, params.cover, shared.task);
+        shared.queries = params.cover.map_pools ? QueryTiles(shared.means) : QueryTiles();
         start_loads(params, ring, shared);
       }
     }
     __syncthreads();
     if (same_in_warp(shared.skips ? 1 : 0) == 0) {
       const bool bad = compute_map(params, rows_parity, ring, shared);
-      rows_parity ^= 1;
       if (__syncthreads_or(bad ? 1 : 0) != 0) {
         if (thread == 0) select.set_not_finite(shared.task.view.number);
       } else {

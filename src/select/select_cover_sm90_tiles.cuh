@@ -13,11 +13,11 @@
 namespace flexprefill {
 
 struct CoverSm90Params {
-  sm90::TensorMap keys, key_means, query_means;
+  sm90::TensorMap keys, queries, key_means, query_means;
   SelectProblem select;
   CoverParams cover;
-  int32_t box_rows;   // keys that one load brings
-  int32_t kv_packed;  // no dimension of sequences
+  int32_t box_rows;             // keys that one load brings
+  int32_t q_packed, kv_packed;  // no dimension of sequences
 };
 
 // Kernels: element type and head dim as padded. Head dims up to it run through it; zeros fill up.

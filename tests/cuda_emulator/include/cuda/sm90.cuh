@@ -101,6 +101,12 @@ inline uint64_t wgmma_descriptor(const void* shared, uint32_t leading_bytes, uin
          static_cast<uint64_t>(leading_bytes >> 4) << 16 |
          static_cast<uint64_t>(stride_bytes >> 4) << 32;
 }
+inline uint64_t wgmma_descriptor_plain(const void* shared, uint32_t leading_bytes,
+                                       uint32_t stride_bytes, Where where = Where::current()) {
+  return static_cast<uint64_t>((shared_address(shared, where) & 0x3ffff) >> 4) |
+         static_cast<uint64_t>(leading_bytes >> 4) << 16 |
+         static_cast<uint64_t>(stride_bytes >> 4) << 32;
+}
 inline uint64_t wgmma_descriptor_at(uint64_t descriptor, uint32_t bytes) {
   const uint32_t low = static_cast<uint32_t>(descriptor) + (bytes >> 4);
   return (descriptor & 0xffffffff00000000) | low;
@@ -164,6 +170,20 @@ void wgmma_rs_mn(float (&d)[kN / 2], const uint32_t* a, uint64_t b, bool accumul
                         .a_transposed = false,
                         .b_transposed = true,
                         .accumulate = accumulate},
+                       where);
+}
+
+template <typename Element>
+void wgmma_ss_mn(float (&d)[32], uint64_t a, uint64_t b, Where where = Where::current()) {
+  cuda_emulator::wgmma({.type = kWgmmaElement<Element>,
+                        .n = 64,
+                        .d = d,
+                        .a_registers = nullptr,
+                        .a = a,
+                        .b = b,
+                        .a_transposed = false,
+                        .b_transposed = true,
+                        .accumulate = true},
                        where);
 }
 
