@@ -326,8 +326,6 @@ __global__ void __launch_bounds__(kCoverComputeThreads, Shape::kCtas)
   auto t = static_cast<int32_t>(blockIdx.x);
   while (t < params.cover.tasks) {
     if (thread == 0) {
-      // Each CTA begins with one of the longest tasks, and draws the others.
-      shared.next_task = static_cast<int32_t>(gridDim.x + atomicAdd(params.cover.drawn, 1u));
       shared.task = map_task(select, params.cover, t);
       // Asked by one: other CTAs write it meanwhile, and so may the kernel before.
       shared.skips = !shared.task.any || select.not_finite[shared.task.view.number] != 0;
@@ -338,9 +336,17 @@ __global__ void __launch_bounds__(kCoverComputeThreads, Shape::kCtas)
       }
     }
     __syncthreads();
-    if (same_in_warp(shared.skips ? 1 : 0) == 0) {
-      const bool bad = compute_map(params, rows_parity, ring, shared);
-      if (__syncthreads_or(bad ? 1 : 0) != 0) {
+    const bool skips = same_in_warp(shared.skips ? 1 : 0) != 0;
+    bool bad = false;
+    if (!skips) bad = compute_map(params, rows_parity, ring, shared);
+    // Each CTA begins with one of the longest tasks, and draws the others when it is about to need
+    // one: drawn a task ahead, the last ones went to CTAs that still had much to do.
+    if (thread == 0) {
+      shared.next_task = static_cast<int32_t>(gridDim.x + atomicAdd(params.cover.drawn, 1u));
+    }
+    bad = __syncthreads_or(bad ? 1 : 0) != 0;
+    if (!skips) {
+      if (bad) {
         if (thread == 0) select.set_not_finite(shared.task.view.number);
       } else {
         decide_map<kCoverComputeThreads / 32>(
