@@ -1,9 +1,10 @@
 // BlockCover on the device.
 //
-//   pool_means_kernel  means of queries and of keys              select_cover_cuda_means.cuh
+//   pool_means_kernel  means of keys and of queries              select_cover_cuda_means.cuh
 //   asks_kernel        the asking rows by all keys               select_cover_cuda_asks.cuh
 //   columns_kernel     the columns
 //   cover_map_kernel   the map and the decisions, row by row     select_cover_cuda_map.cuh
+//                      On Hopper it makes the means of its queries, too, if it has many tasks.
 //   cover_audit_kernel if asked
 //
 // Workspace at 128k tokens, 32 / 8 heads of 128, blocks of 128, on 132 multiprocessors: 34 MB of
@@ -221,6 +222,7 @@ void select_cover(const Problem& problem, const BlockCover& pattern, const Selec
   p.most_per_block = static_cast<int32_t>(most_means_of_block(problem));
   grid_of(map_tasks(problem));  // numbers that fit
   p.tasks = static_cast<int32_t>(map_tasks(problem));
+  // With fewer tasks too few multiprocessors would read queries.
   p.map_pools = sm90 && 3 * int64_t{p.tasks} >= device_info().multiprocessors;
   p.drawn = select.tickets + 1;  // the columns' kernel takes every second one
   p.slices = static_cast<int32_t>(ceil_div(memory.pitch, kColumnsSlice));

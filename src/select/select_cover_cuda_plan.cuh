@@ -23,7 +23,7 @@ struct CoverParams {
   int32_t block_size;
   int32_t most_per_block;  // means of a block, of any sequence
   int32_t tasks;           // of the map, some of them gaps
-  bool map_pools;          // the map makes the means of its queries itself
+  bool map_pools;          // the map makes the means of its queries itself; on Hopper only
   int32_t stages;          // of the ring
   int32_t slices;          // of a head's columns
   int32_t ring_bytes;      // with the resident rows
