@@ -87,11 +87,12 @@ struct PooledQueries {
   __device__ __forceinline__ void add(const RowOfOnes<typename Shape::Element>& ones,
                                       const uint16_t* queries, int32_t group, int32_t first_mean) {
     constexpr uint32_t kRows8 = 8 * sm90::kChunkRowBytes;
-    // first_mean is a multiple of 4 or 8, the places of the next means follow its own.
+    // first_mean is a multiple of 4 or 8: the places of the tile's means are as far from its own as
+    // those of the first ones from 0, at most kFurthest.
     constexpr int kSteps = kPool / 16;  // of a mean
-    constexpr int kLast = kPool == 32 ? 9 : 11;
+    constexpr int kFurthest = kPool == 32 ? 9 : 11;
     const uint64_t a = sm90::wgmma_descriptor_plain(
-        ones.rows[0] + 63 - kLast - query_place(first_mean), sizeof(ones.rows[0]), 128);
+        ones.rows[0] + 63 - kFurthest - query_place(first_mean), sizeof(ones.rows[0]), 128);
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       const int32_t chunk = 2 * c + group;
@@ -103,7 +104,7 @@ struct PooledQueries {
 #pragma unroll
       for (int step = 0; step < 8; ++step) {
         sm90::wgmma_ss_mn<typename Shape::Element>(
-            sums[c], sm90::wgmma_descriptor_at(a, 16 * (kLast - query_place(step / kSteps))),
+            sums[c], sm90::wgmma_descriptor_at(a, 16 * (kFurthest - query_place(step / kSteps))),
             sm90::wgmma_descriptor_at(b, step * 2 * kRows8));
       }
       sm90::wgmma_commit();
