@@ -166,6 +166,15 @@ __device__ inline void registers_shrink() {
 // 16 w + l / 4 + 8 (e / 2). A in registers: a[0..3] hold, two elements each, columns
 // 2 (l % 4) + {0, 1} of the two rows, then columns 8 + 2 (l % 4) + {0, 1} of the two rows.
 
+// Of an operand K-major without a swizzle: groups of 8 rows of 16 bytes; `leading_bytes` lie
+// between both halves of [.., 16], `stride_bytes` between groups of 8 rows.
+__device__ inline uint64_t wgmma_descriptor_plain(const void* shared, uint32_t leading_bytes,
+                                                  uint32_t stride_bytes) {
+  return static_cast<uint64_t>((shared_address(shared) & 0x3ffff) >> 4) |
+         static_cast<uint64_t>(leading_bytes >> 4) << 16 |
+         static_cast<uint64_t>(stride_bytes >> 4) << 32;
+}
+
 // Of a tile with the swizzle above. An operand whose contiguous dimension is the one summed over
 // ("K-major": A, and B stored as [N, 16]): `stride_bytes` lies between groups of 8 rows,
 // `leading_bytes` is not used. B stored as [16, N] ("MN-major"): `leading_bytes` between chunks
@@ -174,18 +183,7 @@ __device__ inline void registers_shrink() {
 __device__ inline uint64_t wgmma_descriptor(const void* shared, uint32_t leading_bytes,
                                             uint32_t stride_bytes) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  return kSwizzle128 | static_cast<uint64_t>((shared_address(shared) & 0x3ffff) >> 4) |
-         static_cast<uint64_t>(leading_bytes >> 4) << 16 |
-         static_cast<uint64_t>(stride_bytes >> 4) << 32;
-}
-
-// Of an operand K-major without a swizzle: groups of 8 rows of 16 bytes; `leading_bytes` lie
-// between both halves of [.., 16], `stride_bytes` between groups of 8 rows.
-__device__ inline uint64_t wgmma_descriptor_plain(const void* shared, uint32_t leading_bytes,
-                                                  uint32_t stride_bytes) {
-  return static_cast<uint64_t>((shared_address(shared) & 0x3ffff) >> 4) |
-         static_cast<uint64_t>(leading_bytes >> 4) << 16 |
-         static_cast<uint64_t>(stride_bytes >> 4) << 32;
+  return kSwizzle128 | wgmma_descriptor_plain(shared, leading_bytes, stride_bytes);
 }
 
 // The same tile `bytes` further on. The address never carries, so that the upper half stays a

@@ -261,8 +261,8 @@ __device__ inline void pool_any_rows(const SelectProblem& select, const CoverPar
   }
 }
 
-// A warp a span, in turns. All CTAs are there at once. On Hopper they leave room, so the asking
-// rows' products run meanwhile: of a quarter's 512 x 32 registers two of these warps take 2 x 112
+// A warp a span, in turns. All CTAs are there at once. On Hopper they leave room for one
+// of the two CTAs of asking rows: of a quarter's 512 x 32 registers two of these warps take 2 x 112
 // and three of cover_asks_sm90_kernel's 3 x 96.
 template <typename Element>
 __global__ void __maxnreg__(112)

@@ -204,7 +204,8 @@ __device__ inline void start_loads(const CoverSm90Params& params, CoverRing<Shap
   }
 }
 
-// One lane of a warp that does not read load number `load` any more.
+// One lane of a warp that does not read load number `load` any more. kColumns: neither it nor what
+// comes in its place is queries; known beforehand, it saves registers.
 template <bool kColumns, typename Shape>
 __device__ inline void release_tile(const CoverSm90Params& params, int32_t load,
                                     const CoverRing<Shape>& ring, CoverMapShared<Shape>& shared) {

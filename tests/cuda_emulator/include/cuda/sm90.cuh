@@ -94,18 +94,16 @@ void registers_grow() {}
 template <int kRegisters>
 void registers_shrink() {}
 
-inline uint64_t wgmma_descriptor(const void* shared, uint32_t leading_bytes, uint32_t stride_bytes,
-                                 Where where = Where::current()) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  return kSwizzle128 | static_cast<uint64_t>((shared_address(shared, where) & 0x3ffff) >> 4) |
-         static_cast<uint64_t>(leading_bytes >> 4) << 16 |
-         static_cast<uint64_t>(stride_bytes >> 4) << 32;
-}
 inline uint64_t wgmma_descriptor_plain(const void* shared, uint32_t leading_bytes,
                                        uint32_t stride_bytes, Where where = Where::current()) {
   return static_cast<uint64_t>((shared_address(shared, where) & 0x3ffff) >> 4) |
          static_cast<uint64_t>(leading_bytes >> 4) << 16 |
          static_cast<uint64_t>(stride_bytes >> 4) << 32;
+}
+inline uint64_t wgmma_descriptor(const void* shared, uint32_t leading_bytes, uint32_t stride_bytes,
+                                 Where where = Where::current()) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  return kSwizzle128 | wgmma_descriptor_plain(shared, leading_bytes, stride_bytes, where);
 }
 inline uint64_t wgmma_descriptor_at(uint64_t descriptor, uint32_t bytes) {
   const uint32_t low = static_cast<uint32_t>(descriptor) + (bytes >> 4);
