@@ -113,6 +113,13 @@ __device__ inline float exp2_approx(float x) {
   return y;
 }
 
+// log2(x), relative error 2^-22, from .5 to 2 an absolute one; below 2^-126 -inf.
+__device__ inline float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 }  // namespace flexprefill
 
 #endif  // FLEXPREFILL_SRC_CUDA_LAUNCH_CUH_

@@ -118,34 +118,56 @@ __device__ __forceinline__ void mask_asks(const CoverThread& me, const AskingRow
   }
 }
 
+// What the sums of the thread's two rows are relative to becomes at least their greatest score.
+__device__ __forceinline__ void raise_max(float scale, const float (&scores)[64],
+                                          RowSum (&rows)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float highest = -FLT_MAX;
+#pragma unroll
+    for (int g = 0; g < 16; ++g) {
+      highest = fmaxf(highest, fmaxf(scores[4 * g + 2 * r], scores[4 * g + 2 * r + 1]));
+    }
+    rows[r].add(scaled_max(max_quad(highest), scale), 0);
+  }
+}
+
 // A tile of kBlocks blocks, of which `blocks` exist: the thread's two rows' logarithms to masses,
-// which point to its first row in the first block.
+// which point to its first row in the first block. Exponentials are relative to the greatest score
+// of the first tile, until that is far too little: another maximum is mostly not needed.
 template <int kBlocks>
 __device__ __forceinline__ void add_asks(float scale, const float (&scores)[64], int32_t blocks,
                                          float* masses, RowSum (&rows)[2]) {
   constexpr int kGroups = 16 / kBlocks;
+  // At most twice: what is not a number is never little enough.
+#pragma unroll 1
+  for (int tries = 0; tries < 2; ++tries) {
+    float sums[2] = {rows[0].sum, rows[1].sum};
 #pragma unroll
-  for (int b = 0; b < kBlocks; ++b) {
+    for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float highest = -FLT_MAX;
+      for (int r = 0; r < 2; ++r) {
+        float parts[2] = {};
 #pragma unroll
-      for (int g = b * kGroups; g < (b + 1) * kGroups; ++g) {
-        highest = fmaxf(highest, fmaxf(scores[4 * g + 2 * r], scores[4 * g + 2 * r + 1]));
-      }
-      highest = scaled_max(max_quad(highest), scale);
-      float parts[2] = {};
+        for (int g = b * kGroups; g < (b + 1) * kGroups; ++g) {
 #pragma unroll
-      for (int g = b * kGroups; g < (b + 1) * kGroups; ++g) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          parts[e] += exp2_approx(fmaf(scores[4 * g + 2 * r + e], scale, -highest));
+          for (int e = 0; e < 2; ++e) {
+            parts[e] += exp2_approx(fmaf(scores[4 * g + 2 * r + e], scale, -rows[r].max));
+          }
         }
+        const float sum = sum_quad(parts[0] + parts[1]);
+        sums[r] += sum;
+        store_if(threadIdx.x % 4 == 0 && b < blocks, masses + b * 128 + 8 * r,
+                 rows[r].max + log2_approx(sum));
       }
-      const RowSum block{highest, sum_quad(parts[0] + parts[1])};
-      rows[r].add(block.max, block.sum);
-      store_if(threadIdx.x % 4 == 0 && b < blocks, masses + b * 128 + 8 * r, block.log());
     }
+    const bool good = sums[0] < kMostSum && sums[1] < kMostSum;
+    if (tries == 1 || __all_sync(kWholeWarp, good ? 1 : 0) != 0) {
+      rows[0].sum = sums[0];
+      rows[1].sum = sums[1];
+      return;
+    }
+    raise_max(scale, scores, rows);
   }
 }
 
@@ -164,6 +186,7 @@ __device__ void compute_asks(const CoverSm90Params& params, const CoverAsksTask<
   const int32_t first_masked = position + static_cast<int32_t>(asking.row(0)) + 1;
   const int32_t tile_blocks = 128 / problem.block_size;
   const int32_t first_block = task.first_key / problem.block_size;
+  int32_t blocks = sequence.n_kv - first_block;  // from the tile's first on
   float* masses =
       params.cover.memory.masses + (head.first_block + first_block) * 128 + me.first_row;
   RowSum rows[2];
@@ -183,7 +206,6 @@ __device__ void compute_asks(const CoverSm90Params& params, const CoverAsksTask<
     const int32_t key = task.first_key + tile * 128;
     const float scale = scale_scores(select.scale_log2, scores);
     if (key + 128 > first_masked) mask_asks(me, asking, position, key, scores);
-    const int32_t blocks = sequence.n_kv - first_block - tile * tile_blocks;
     if (tile_blocks == 1) {
       add_asks<1>(scale, scores, blocks, masses, rows);
     } else if (tile_blocks == 2) {
@@ -192,6 +214,7 @@ __device__ void compute_asks(const CoverSm90Params& params, const CoverAsksTask<
       add_asks<4>(scale, scores, blocks, masses, rows);
     }
     masses += tile_blocks * 128;
+    blocks -= tile_blocks;
   }
   float2* stats = params.cover.memory.chunk_stats +
                   (int64_t{head.view.number} * params.cover.memory.max_chunks + task.chunk) * 128 +

@@ -17,6 +17,7 @@ struct CoverMapShared {
   bool skips;
   BlockTask task;
   MeansMapTask means;
+  int32_t first_key_row;  // of the keys' first mean
   RowOfOnes<typename Shape::Element> ones;
   QueryTiles queries;  // to be read; none: their means were made before
 };
@@ -63,9 +64,28 @@ __device__ __forceinline__ void mask_means(const MeansMapTask& task, const MapTh
   }
 }
 
-// Pass 1: the thread's part of its two rows.
+// Pass 1: the thread's part of its two rows, relative to what it was before if that will do.
 __device__ __forceinline__ void add_means(float scale, const CoverScores& scores,
                                           RowSum (&rows)[2]) {
+  float sums[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float parts[2] = {rows[r].sum, 0};
+#pragma unroll
+    for (int g = 0; g < 16; ++g) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        parts[e] += exp2_approx(fmaf(scores[4 * g + 2 * r + e], scale, -rows[r].max));
+      }
+    }
+    sums[r] = parts[0] + parts[1];
+  }
+  const bool good = sums[0] < kMostSum && sums[1] < kMostSum;
+  if (__all_sync(kWholeWarp, good ? 1 : 0) != 0) {
+    rows[0].sum = sums[0];
+    rows[1].sum = sums[1];
+    return;
+  }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float highest = -FLT_MAX;
@@ -170,10 +190,8 @@ template <typename Shape>
 __device__ inline void load_columns(const CoverSm90Params& params, int32_t load, uint32_t stage,
                                     CoverMapShared<Shape>& shared) {
   const int32_t tiles = shared.means.tiles, tile = load < tiles ? load : load - tiles;
-  const int64_t first =
-      first_key_mean(params.select, params.cover, shared.task.view.sequence, shared.task.kv);
   load_means<Shape>(params.key_means, &shared.tiles.full[stage], shared.tiles.columns[stage],
-                    static_cast<int32_t>(first) + tile * 128);
+                    shared.first_key_row + tile * 128);
 }
 template <typename Shape>
 __device__ inline void load_tile(const CoverSm90Params& params, int32_t load, uint32_t stage,
@@ -187,6 +205,8 @@ __device__ inline void load_tile(const CoverSm90Params& params, int32_t load, ui
 template <typename Shape>
 __device__ inline void start_loads(const CoverSm90Params& params, CoverRing<Shape> ring,
                                    CoverMapShared<Shape>& shared) {
+  shared.first_key_row = static_cast<int32_t>(
+      first_key_mean(params.select, params.cover, shared.task.view.sequence, shared.task.kv));
   if (shared.queries.count == 0) {
     const BlockTask& task = shared.task;
     const DeviceSequence& sequence = params.select.problem.sequences[task.view.sequence];

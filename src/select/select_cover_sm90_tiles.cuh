@@ -113,6 +113,9 @@ __device__ __forceinline__ void multiply_columns(const CoverTiles<Shape>& tiles,
   sm90::wgmma_pin(scores);
 }
 
+// Sums of exponentials up to it are as exact as others.
+constexpr float kMostSum = 0x1p100f;
+
 // Over the four lanes that have a row.
 __device__ inline float max_quad(float x) {
   x = fmaxf(x, __shfl_xor_sync(kWholeWarp, x, 1));

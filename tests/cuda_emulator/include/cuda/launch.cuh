@@ -59,6 +59,8 @@ inline float exp2_approx(float x) {
   return y < 0x1p-126F ? 0.0F : y;  // results and arguments that are subnormal count as 0
 }
 
+inline float log2_approx(float x) { return std::log2(x < 0x1p-126F ? 0.0F : x); }
+
 }  // namespace flexprefill
 
 #endif  // FLEXPREFILL_SRC_CUDA_LAUNCH_CUH_
