@@ -32,19 +32,22 @@ FLEXPREFILL_HOST_DEVICE inline uint64_t sum_of_masses(const float* scores, int64
 }
 
 // Adds to the row's bits, where blocks that weigh `have` are kept already, the largest of blocks
-// begin .. end - 1 until all together reach `wanted`; ties to the lower index.
-FLEXPREFILL_HOST_DEVICE inline void add_reaching(const float* scores, int64_t begin, int64_t end,
-                                                 uint64_t have, uint64_t wanted,
-                                                 Histogram* histogram, uint64_t* row) {
-  if (have >= wanted) return;
+// begin .. end - 1 until all together reach `wanted`; ties to the lower index. What they weigh
+// then.
+FLEXPREFILL_HOST_DEVICE inline uint64_t add_reaching(const float* scores, int64_t begin,
+                                                     int64_t end, uint64_t have, uint64_t wanted,
+                                                     Histogram* histogram, uint64_t* row) {
+  if (have >= wanted) return have;
   // Those whose running sum stays below what is left to reach, and the one that reaches it: the
   // next of the value at which the walk stopped.
   Taken taken =
       take_largest(scores + begin, end - begin, Weight::kMass, wanted - have - 1, histogram);
   ++taken.ties;
+  // No branch: half of the blocks may be taken, in any order.
   for (int64_t j = begin; j < end; ++j) {
-    if (taken.takes(scores[j])) set_bit(row, j);
+    row[j / 64] |= static_cast<uint64_t>(taken.takes(scores[j])) << (j % 64);
   }
+  return have + taken.weight + fixed_mass(std::bit_cast<float>(taken.threshold));
 }
 
 // XAttention: blocks 0 and i, then the largest until their sum reaches `threshold` of the row's;
@@ -254,13 +257,16 @@ FLEXPREFILL_HOST_DEVICE inline RowMass keep_cover(const float* scores, int64_t i
   const int64_t far = i - rule.near;  // from here on all are kept
   uint64_t have = fixed_mass(scores[0]);
   for (int64_t j = far > 1 ? far : 1; j <= i; ++j) have += fixed_mass(scores[j]);
-  if (far > 1) add_reaching(scores, 1, far, have, mass.wanted, histogram, row);
+  mass.kept = have;
+  if (far > 1) mass.kept = add_reaching(scores, 1, far, have, mass.wanted, histogram, row);
+  if (columns == nullptr && i < rule.most_blocks) return mass;
   for (int64_t w = 0; columns != nullptr && w < (n + 63) / 64; ++w) {
     row[w] |= columns[w] & range_word(0, i + 1, w);
   }
   limit_row(scores, i, n, rule, columns, most_asked, histogram, scratch, words, row);
+  mass.kept = 0;
   for (int64_t j = 0; j <= i; ++j) {
-    if (has_bit(row, j)) mass.kept += fixed_mass(scores[j]);
+    mass.kept += has_bit(row, j) ? fixed_mass(scores[j]) : 0;
   }
   return mass;
 }

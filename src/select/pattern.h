@@ -26,7 +26,7 @@ namespace flexprefill {
 //
 // Floats >= 0 order like their bits. A histogram over the top 11 bits finds the bucket in which
 // the running weight crosses the limit, one over the next 10 bits narrows it, one over the last 10
-// leaves a single value: three passes over x.
+// leaves a single value. Where the bucket of the first has few entries, they are sorted instead.
 
 enum class Weight {
   kMass,   // an entry weighs its value: which entries cover a share of the mass
@@ -50,8 +50,17 @@ FLEXPREFILL_HOST_DEVICE inline uint32_t mass_digits(uint32_t bits) {
   return below > 24 ? 0 : (mantissa + (1u << (below - 1))) >> below;
 }
 FLEXPREFILL_HOST_DEVICE inline uint64_t fixed_mass(float x) {
+#if defined(__CUDA_ARCH__)
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   return static_cast<uint64_t>(mass_digits(bits)) << mass_places(bits >> 23);
+#else  // the same: the product is exact, and so is the sum where it is not a whole number before
+  return static_cast<uint64_t>(static_cast<int64_t>(static_cast<double>(x) * kMassUnits + 0.5));
+#endif
+}
+
+// What an entry with these bits weighs.
+FLEXPREFILL_HOST_DEVICE inline uint64_t weight_of(uint32_t bits, Weight kind) {
+  return kind == Weight::kMass ? fixed_mass(std::bit_cast<float>(bits)) : 1;
 }
 
 // The limit that stands for the share gamma of a total mass `total`. All of it has no limit: what
@@ -67,6 +76,7 @@ struct Taken {
   int64_t count = 0;
   uint32_t threshold = 0;
   int64_t ties = 0;
+  uint64_t weight = 0;  // of all that take_largest takes
 
   // Whether x is taken; to be asked in ascending order of index.
   FLEXPREFILL_HOST_DEVICE bool takes(float x) {
@@ -102,14 +112,14 @@ struct HistogramWalk {
   // What was taken in the end: one value is left, which does not fit as often as it is there; so it
   // weighs more than 0.
   FLEXPREFILL_HOST_DEVICE Taken taken(Weight kind) const {
-    const uint64_t each = kind == Weight::kMass ? fixed_mass(std::bit_cast<float>(prefix)) : 1;
+    const uint64_t each = weight_of(prefix, kind);
     const int64_t ties = static_cast<int64_t>((limit - weight) / each);
     return {.count = static_cast<int64_t>(count) + ties, .threshold = prefix, .ties = ties};
   }
-  // Takes whole buckets from the top while they fit, and chooses the first that does not.
-  // False if all fit, which only level 0 can find.
-  FLEXPREFILL_HOST_DEVICE bool descend(const Histogram& histogram, int level) {
-    for (int i = buckets(level) - 1; i >= 0; --i) {
+  // Takes whole buckets from `top` down to `bottom` while they fit, and chooses the first that does
+  // not. False if all fit, which only level 0 can find.
+  FLEXPREFILL_HOST_DEVICE bool descend(const Histogram& histogram, int level, int bottom, int top) {
+    for (int i = top; i >= bottom; --i) {
       if (histogram.weight[i] > limit - weight) {
         prefix |= static_cast<uint32_t>(i) << shift(level);
         return true;
@@ -121,24 +131,63 @@ struct HistogramWalk {
   }
 };
 
+// The walk's end where the bucket that level 0 has chosen has few entries.
+constexpr int kFewEntries = 48;
+FLEXPREFILL_HOST_DEVICE inline void walk_few(const float* x, int64_t size, Weight weight,
+                                             HistogramWalk& walk) {
+  uint32_t sorted[kFewEntries];  // bits, the largest first
+  int inside = 0;
+  for (int64_t e = 0; e < size; ++e) {
+    const uint32_t bits = std::bit_cast<uint32_t>(x[e]);
+    if (!walk.inside(bits, 1)) continue;
+    int at = inside++;
+    for (; at > 0 && sorted[at - 1] < bits; --at) sorted[at] = sorted[at - 1];
+    sorted[at] = bits;
+  }
+  for (int begin = 0, end = 0; begin < inside; begin = end) {
+    while (end < inside && sorted[end] == sorted[begin]) ++end;
+    walk.prefix = sorted[begin];
+    const auto count = static_cast<uint64_t>(end - begin);
+    const uint64_t each = weight_of(walk.prefix, weight);
+    if (count * each > walk.limit - walk.weight) return;
+    walk.weight += count * each;
+    walk.count += count;
+  }
+}
+
 // The largest entries of x [size], one after the other while their running weight stays <= limit.
 FLEXPREFILL_HOST_DEVICE inline Taken take_largest(const float* x, int64_t size, Weight weight,
                                                   uint64_t limit, Histogram* histogram) {
   HistogramWalk walk{.limit = limit};
+  uint32_t least = std::numeric_limits<uint32_t>::max(), greatest = 0;
+  for (int64_t e = 0; e < size; ++e) {
+    const uint32_t bits = std::bit_cast<uint32_t>(x[e]);
+    least = bits < least ? bits : least;
+    greatest = bits > greatest ? bits : greatest;
+  }
   for (int level = 0; level < Histogram::kLevels; ++level) {
-    for (int i = 0; i < HistogramWalk::buckets(level); ++i) {
-      histogram->weight[i] = histogram->count[i] = 0;
-    }
+    const int bottom = level == 0 ? HistogramWalk::bucket(least, 0) : 0;
+    const int top = level == 0 ? HistogramWalk::bucket(greatest, 0) : walk.buckets(level) - 1;
+    for (int i = bottom; i <= top; ++i) histogram->weight[i] = histogram->count[i] = 0;
     for (int64_t e = 0; e < size; ++e) {
       const uint32_t bits = std::bit_cast<uint32_t>(x[e]);
       if (!walk.inside(bits, level)) continue;
       const int bucket = HistogramWalk::bucket(bits, level);
-      histogram->weight[bucket] += weight == Weight::kMass ? fixed_mass(x[e]) : 1;
+      histogram->weight[bucket] += weight_of(bits, weight);
       histogram->count[bucket] += 1;
     }
-    if (!walk.descend(*histogram, level)) return {.count = size, .threshold = 0, .ties = size};
+    if (!walk.descend(*histogram, level, bottom, top)) {
+      return {.count = size, .threshold = 0, .ties = size, .weight = walk.weight};
+    }
+    if (level == 0 && histogram->count[HistogramWalk::bucket(walk.prefix, 0)] <= kFewEntries) {
+      walk_few(x, size, weight, walk);
+      break;
+    }
   }
-  return walk.taken(weight);
+  Taken taken = walk.taken(weight);
+  taken.weight =
+      walk.weight + static_cast<uint64_t>(taken.ties) * weight_of(taken.threshold, weight);
+  return taken;
 }
 
 // ---- How many blocks ------------------------------------------------------------------------

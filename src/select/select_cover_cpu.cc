@@ -30,6 +30,7 @@ namespace {
 
 constexpr int64_t kTile = TileOps::kMaxKeys;
 constexpr int64_t kChunk = 1024;        // keys of a task, a multiple of kTile
+constexpr int64_t kRowPad = 16;         // entries between rows of the map: no power of two apart
 constexpr int64_t kTasksPerWorker = 4;  // that a wave has at least, if there are that many
 
 struct WaveSize {
@@ -56,9 +57,9 @@ struct WorkerBuffers {
   float* tile;        // [kTile, panel]
   std::byte* rows;    // asking rows [kCoverAskingRows, d], or means [panel, d]
   std::byte* packed;  // one panel of means
-  float* max;         // [n_kv, panel]
+  float* reference;   // [group, lanes]: what sums of asking rows are relative to
+  float* max;         // [n_kv, panel]; then rows of the map [blocks of a panel, n_kv + kRowPad]
   float* share;       // [n_kv, panel]
-  float* row;         // [n_kv]
   float* scratch;     // [n_kv]
   uint64_t* words;    // [2 * words of a row]
   Histogram* histogram;
@@ -103,9 +104,9 @@ struct Buffers {
           .tile = arena.take<float>(kTile * tiles.panel),
           .rows = arena.take<std::byte>(kCoverAskingRows * row_bytes),
           .packed = arena.take<std::byte>(tiles.packed_q_bytes(problem.d_qk)),
-          .max = arena.take<float>(blocks * tiles.panel),
+          .reference = arena.take<float>(problem.group() * lanes),
+          .max = arena.take<float>((blocks + kRowPad) * tiles.panel),
           .share = arena.take<float>(blocks * tiles.panel),
-          .row = arena.take<float>(blocks),
           .scratch = arena.take<float>(blocks),
           .words = arena.take<uint64_t>(2 * row_words),
           .histogram = arena.take<Histogram>(1)};
@@ -232,6 +233,7 @@ class CoverWave {
     const int64_t kv = task / size_.chunks, chunk = task % size_.chunks;
     const RowView k = keys(kv);
     const int64_t chunk_end = std::min((chunk + 1) * kChunk, lengths_.s_kv);
+    std::fill_n(worker.reference, problem_.group() * buffers_.lanes, TileOps::kNoMax);
     for (int64_t begin = chunk * kChunk; begin < chunk_end; begin += kTile) {
       const int64_t n = std::min(kTile, chunk_end - begin);
       for (int64_t j = begin; j < begin + n;) {
@@ -245,7 +247,8 @@ class CoverWave {
              k_mean(kv, first / size_.pool_tokens));
       }
       for (int64_t g = 0; g < problem_.group(); ++g) {
-        add_tile(worker, kv * problem_.group() + g, begin, n);
+        add_tile(worker, kv * problem_.group() + g, begin, n,
+                 worker.reference + g * buffers_.lanes);
       }
     }
   }
@@ -253,14 +256,17 @@ class CoverWave {
   // The mean of `rows`, rounded to the inputs' element type.
   void pool(const RowView& view, RowRange rows, std::byte* to) const {
     float mean[TileOps::kMaxHeadDim];
-    mean_rows(ops_, view, rows, problem_.d_qk, problem_.dtype, mean);
-    const auto size = static_cast<int64_t>(element_size(problem_.dtype));
-    for (int32_t c = 0; c < problem_.d_qk; ++c) store_float(to + c * size, problem_.dtype, mean[c]);
+    const DType dtype = problem_.dtype;  // known not to change with what is stored
+    const int32_t d = problem_.d_qk;
+    mean_rows(ops_, view, rows, d, dtype, mean);
+    const auto size = static_cast<int64_t>(element_size(dtype));
+    for (int32_t c = 0; c < d; ++c) store_float(to + c * size, dtype, mean[c]);
   }
 
   // The blocks of a tile of keys, for all asking rows of head h. (Lanes beyond them count as rows
   // after the last one, with a weight of 0.)
-  void add_tile(const WorkerBuffers& worker, int64_t h, int64_t begin, int64_t n) const {
+  void add_tile(const WorkerBuffers& worker, int64_t h, int64_t begin, int64_t n,
+                float* reference) const {
     const auto panel_bytes = static_cast<int64_t>(tiles_.packed_q_bytes(problem_.d_qk));
     for (int64_t p = 0; p < buffers_.panels; ++p) {
       tiles_.scores(buffers_.packed + h * buffers_.packed_head + p * panel_bytes, worker.keys, 0,
@@ -279,8 +285,8 @@ class CoverWave {
                         .n = static_cast<int>(n),
                         .scale = scale_,
                         .visible = masked ? visible : nullptr},
-                       problem_.block_size, 1.0f, buffers_.lanes, buffers_.max + at,
-                       buffers_.share + at);
+                       problem_.block_size, 1.0f, buffers_.lanes, reference + first,
+                       buffers_.max + at, buffers_.share + at);
     }
   }
 
@@ -317,7 +323,8 @@ class CoverWave {
     const int64_t first_pool = (grid_.first_q_block + first_row) * per_block();
     float weight[TileOps::kMaxPanel];
     pool_queries(worker, h, first_row, n_rows, weight);
-    float visible[TileOps::kMaxPanel];
+    float visible[TileOps::kMaxPanel], reference[TileOps::kMaxPanel];
+    std::fill_n(reference, panel, TileOps::kNoMax);
     const int64_t n_pools = std::min(first_pool + n_rows * per_block(), size_.pools);
     for (int64_t begin = 0; begin < n_pools; begin += kTile) {
       const int64_t n = std::min(kTile, n_pools - begin);
@@ -336,20 +343,30 @@ class CoverWave {
                         .n = static_cast<int>(n),
                         .scale = scale_,
                         .visible = masked ? visible : nullptr},
-                       static_cast<int>(per_block()), ends ? last_share : 1.0f, panel,
+                       static_cast<int>(per_block()), ends ? last_share : 1.0f, panel, reference,
                        worker.max + begin / per_block() * panel,
                        worker.share + begin / per_block() * panel);
     }
     float total[TileOps::kMaxPanel];
-    ops_.block_shares(worker.max, ceil_div(n_pools, per_block()), panel, weight, worker.share,
-                      total, nullptr);
+    const int64_t n_blocks = ceil_div(n_pools, per_block());
+    ops_.block_shares(worker.max, n_blocks, panel, weight, worker.share, total, nullptr);
     for (int l = 0; l < panel; ++l) {
       if (weight[l] > 0 && !(total[l] > 0)) {
         std::atomic_ref(buffers_.is_dense[h]).store(1, std::memory_order_relaxed);
         return;
       }
     }
-    for (int64_t r = 0; r < n_rows; ++r) decide(worker, h, first_row + r, r * per_block());
+    const int64_t pitch = n_blocks + kRowPad;
+    float* scores = worker.max;
+    for (int64_t j = 0; j < n_blocks; ++j) {
+      const float* share = worker.share + j * panel;
+      for (int64_t r = 0; r < n_rows; ++r, share += per_block()) {
+        float sum = share[0];
+        for (int64_t a = 1; a < per_block(); ++a) sum += share[a];
+        scores[r * pitch + j] = sum;
+      }
+    }
+    for (int64_t r = 0; r < n_rows; ++r) decide(worker, h, first_row + r, scores + r * pitch);
   }
 
   // Packs the means of n_rows query blocks; weight[lane]: its tokens' share of the block's, 0 where
@@ -376,18 +393,12 @@ class CoverWave {
     tiles_.pack_q(worker.rows, row_bytes(), tiles_.panel, problem_.d_qk, worker.packed);
   }
 
-  // Row q_row of head h from the shares of the lanes from `lane` on.
-  void decide(const WorkerBuffers& worker, int64_t h, int64_t q_row, int64_t lane) const {
+  // Row q_row of head h from its row of the map.
+  void decide(const WorkerBuffers& worker, int64_t h, int64_t q_row, const float* scores) const {
     const int64_t i = grid_.first_q_block + q_row;
-    for (int64_t j = 0; j <= i; ++j) {
-      const float* share = worker.share + j * tiles_.panel + lane;
-      float sum = share[0];
-      for (int64_t a = 1; a < per_block(); ++a) sum += share[a];
-      worker.row[j] = sum;
-    }
     const uint64_t* columns = i >= asking_block(0) ? buffers_.columns + h * words() : nullptr;
     const RowMass mass =
-        keep_cover(worker.row, i, grid_.n_kv, rule_, columns, buffers_.most_asked + h * grid_.n_kv,
+        keep_cover(scores, i, grid_.n_kv, rule_, columns, buffers_.most_asked + h * grid_.n_kv,
                    worker.histogram, worker.scratch, worker.words,
                    bits_.row(problem_, sequence_, q_head(h), q_row));
     // Bits of floats that are not negative order like the floats.

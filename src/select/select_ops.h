@@ -36,10 +36,11 @@ struct SelectOps {
   void (*sum_lanes)(const float* partial, int n, float* sums);
 
   // The softmax of each lane in blocks of keys, in two steps. First, for every `per_block` keys of
-  // the tile, max[block * stride + lane] and sum[...] of exp2(scale * s - max). The tile's last key
-  // counts `last_weight` times.
+  // the tile, sum[block * stride + lane] of exp2(scale * s - max) with the max[...] that it is
+  // relative to: reference[lane], which begins as TileOps::kNoMax and is raised where a sum would
+  // become too great. The tile's last key counts `last_weight` times.
   void (*block_stats)(const ScoreTile& tile, int per_block, float last_weight, int64_t stride,
-                      float* max, float* sum);
+                      float* reference, float* max, float* sum);
   // Then from those of n blocks, [n, lanes], lanes <= kMaxShareLanes whole vectors: sum becomes
   // each block's share of its lane's softmax, times weight[lane]; total[lane] is the lane's sum
   // relative to its greatest max. Where that is not above 0 (or NaN) there is no softmax, and

@@ -7,6 +7,7 @@
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "select/select_ops_highway.cc"
+#include "hwy/cache_control.h"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 
@@ -102,36 +103,62 @@ void sum_lanes(const float* partial, int n, float* sums) {
   }
 }
 
+// Sums of exponentials up to it are as exact as others.
+constexpr float kMostSum = 0x1p100f;
+
+// Of one vector of lanes; where all of its sums are good.
+template <bool kMasked, bool kWeighted>
+HWY_INLINE hn::Mask<F32> block_sums(const ScoreTile& tile, int per_block, float last_weight, int v,
+                                    int64_t stride, Vec reference, float* max, float* sum) {
+  const F32 d;
+  // exp2 goes that far; a NaN stays (see there).
+  const Vec most = hn::Set(d, 120.0f);
+  auto good = hn::Lt(hn::Set(d, TileOps::kNoMax), reference);
+  for (int begin = 0; begin < tile.n; begin += per_block) {
+    const int end = begin + per_block < tile.n ? begin + per_block : tile.n;
+    Vec total = hn::Zero(d);
+    for (int key = begin; key < end; ++key) {
+      Vec x;
+      if constexpr (kMasked) {
+        x = hn::Sub(logits<true>(tile, key, v), reference);
+      } else {
+        x = hn::MulSub(hn::Load(d, tile.s + key * tile.panel + v), hn::Set(d, tile.scale),
+                       reference);
+      }
+      Vec p = exp2(d, HWY_ARCH_X86 ? hn::Min(most, x) : hn::IfThenElse(hn::Gt(x, most), most, x));
+      if constexpr (kWeighted) {
+        if (key == tile.n - 1) p = hn::Mul(p, hn::Set(d, last_weight));
+      }
+      total = hn::Add(total, p);
+    }
+    const int64_t at = begin / per_block * stride + v;
+    hn::StoreU(reference, d, max + at);
+    hn::StoreU(total, d, sum + at);
+    good = hn::And(good, hn::Lt(total, hn::Set(d, kMostSum)));
+  }
+  return good;
+}
+
 template <bool kMasked, bool kWeighted>
 void block_stats_as(const ScoreTile& tile, int per_block, float last_weight, int64_t stride,
-                    float* max, float* sum) {
+                    float* reference, float* max, float* sum) {
   const F32 d;
+  const auto sums = block_sums<kMasked, kWeighted>;
   for (int v = 0; v < tile.panel; v += kLanes) {
-    for (int begin = 0; begin < tile.n; begin += per_block) {
-      const int end = begin + per_block < tile.n ? begin + per_block : tile.n;
-      Vec top = hn::Set(d, TileOps::kNoMax);
-      for (int key = begin; key < end; ++key) top = hn::Max(top, logits<kMasked>(tile, key, v));
-      Vec total = hn::Zero(d);
-      for (int key = begin; key < end; ++key) {
-        Vec p = exp2(d, hn::Sub(logits<kMasked>(tile, key, v), top));
-        if constexpr (kWeighted) {
-          if (key == tile.n - 1) p = hn::Mul(p, hn::Set(d, last_weight));
-        }
-        total = hn::Add(total, p);
-      }
-      const int64_t at = begin / per_block * stride + v;
-      hn::StoreU(top, d, max + at);
-      hn::StoreU(total, d, sum + at);
-    }
+    Vec top = hn::LoadU(d, reference + v);
+    if (hn::AllTrue(d, sums(tile, per_block, last_weight, v, stride, top, max, sum))) continue;
+    for (int key = 0; key < tile.n; ++key) top = hn::Max(top, logits<kMasked>(tile, key, v));
+    sums(tile, per_block, last_weight, v, stride, top, max, sum);
+    hn::StoreU(top, d, reference + v);
   }
 }
 
 void block_stats(const ScoreTile& tile, int per_block, float last_weight, int64_t stride,
-                 float* max, float* sum) {
+                 float* reference, float* max, float* sum) {
   const bool masked = tile.visible != nullptr, weighted = last_weight != 1.0f;
   const auto run = masked ? (weighted ? block_stats_as<true, true> : block_stats_as<true, false>)
                           : (weighted ? block_stats_as<false, true> : block_stats_as<false, false>);
-  run(tile, per_block, last_weight, stride, max, sum);
+  run(tile, per_block, last_weight, stride, reference, max, sum);
 }
 
 void block_shares(const float* max, int64_t n, int lanes, const float* weight, float* sum,
@@ -150,8 +177,10 @@ void block_shares(const float* max, int64_t n, int lanes, const float* weight, f
   for (int64_t j = 0; j < n; ++j) {
     for (int v = 0; v < lanes; v += kLanes) {
       const int64_t at = j * lanes + v;
-      const Vec x = hn::Mul(hn::LoadU(d, sum + at),
-                            exp2(d, hn::Sub(hn::LoadU(d, max + at), hn::Load(d, top + v))));
+      const Vec own = hn::LoadU(d, max + at), all = hn::Load(d, top + v);
+      Vec x = hn::LoadU(d, sum + at);
+      // Mostly they are the same.
+      if (!hn::AllTrue(d, hn::Eq(own, all))) x = hn::Mul(x, exp2(d, hn::Sub(own, all)));
       hn::StoreU(x, d, sum + at);
       hn::StoreU(hn::Add(hn::LoadU(d, total + v), x), d, total + v);
     }
@@ -172,6 +201,8 @@ void block_shares(const float* max, int64_t n, int lanes, const float* weight, f
   }
 }
 
+constexpr int64_t kRowsAhead = 16;
+
 // Columns [first, first + kParts * kPart), whose sums stay in registers: what is left to wait for
 // is the rows, and many of them are under way at once.
 template <DType kType, int kParts>
@@ -181,6 +212,10 @@ void add_columns(const std::byte* rows, int64_t stride, int64_t n, int first, fl
   for (int p = 0; p < kParts; ++p) sum[p] = hn::LoadU(part, sums + first + p * kPart);
   for (int64_t i = 0; i < n; ++i) {
     const std::byte* row = rows + i * stride + first * kElementSize<kType>;
+    // Rows of a head lie apart: the processor does not see which ones come next.
+    for (int p = 0; p < kParts * kPart * kElementSize<kType>; p += 64) {
+      hwy::Prefetch(row + kRowsAhead * stride + p);
+    }
     for (int p = 0; p < kParts; ++p) {
       sum[p] = hn::Add(sum[p], load_part<kType>(row + p * kPart * kElementSize<kType>));
     }
