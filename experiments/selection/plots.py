@@ -249,7 +249,36 @@ def main() -> None:
     put(PAGE, "blocks64", score_table(small, names))
     put(PAGE, "blocks64 more", score_table(small | {"rows": small["rows_more"]}, names))
     put(PAGE, "blocks64 dev", score_table(load("qwen2.5-coder-0.5b_dev_blocks64"), names))
-    put(PAGE, "32k", score_table(small | {"rows": small["rows_32k"]}, names))
+    share = load("qwen2.5-coder-0.5b_column_share")
+    names |= {
+        "block_cover:column_share=.9": "**block_cover, .9, column_share .9**",
+        "block_cover:column_share=.95": "column_share .95",
+        "block_cover:gamma=.9,block_size=64": ".9, blocks of 64",
+        "block_cover:gamma=.92,block_size=64": ".92, blocks of 64",
+        "block_cover:gamma=.92,block_size=64,column_share=.9": ".92, blocks of 64, column_share .9",
+    }
+    put(PAGE, "32k", score_table(share, names))
+    dev_32k = [row for row in share["rows_dev"] if row["length"] == 32768]
+    put(PAGE, "32k dev", score_table(share | {"rows": dev_32k, "split": "dev"}, names))
+    of_64 = "map:decide=row,use=last,mbf=1,local=3,g=.92,sq={},sk={},block_size=64"
+    exact = "map:decide=row,exact=1,g={},use=last,local=3,block_size=64"
+    put(
+        PAGE,
+        "smollm2 exact",
+        score_table(
+            load("smollm2-135m_exact"),
+            {
+                "dense": "dense",
+                "flex_prefill:min_budget=512": "flex_prefill, .9, budget 512",
+                of_64.format(16, 16): "map of means of 16, .92",
+                of_64.format(8, 8): "of 8, .92",
+                of_64.format(4, 4): "of 4, .92",
+                exact.format(".86"): "exact masses, .86",
+                exact.format(".9"): "exact masses, .9",
+                exact.format(".92"): "exact masses, .92",
+            },
+        ),
+    )
     of_64 = "map:decide=row,g={},use=last,mbf=1{},block_size=64"
     tried = {
         "flex_prefill:min_budget=512": "published, gamma .9, budget 512",

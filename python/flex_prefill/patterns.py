@@ -166,7 +166,8 @@ class BlockCover:
         max_budget says. With blocks of 64 and up to 16k tokens .86 was enough for what the default
         gives with blocks of 128; with flatter heads .93.
     column_share: share of what 128 of the last 512 queries ask for that is kept for the last query
-        blocks, in [0, 1]; 0 keeps no such columns.
+        blocks, in [0, 1]; 0 keeps no such columns. At 32k tokens .9 answered better, for .003 of
+        density.
     max_budget: most tokens that a query block keeps, in whole blocks; at least what is always kept,
         128 tokens and two blocks. Gamma may be missed then, which an Audit says
         (``rows_below_gamma``). None: no limit.
