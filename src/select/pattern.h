@@ -54,7 +54,8 @@ FLEXPREFILL_HOST_DEVICE inline uint64_t fixed_mass(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   return static_cast<uint64_t>(mass_digits(bits)) << mass_places(bits >> 23);
 #else  // the same: the product is exact, and so is the sum where it is not a whole number before
-  return static_cast<uint64_t>(static_cast<int64_t>(static_cast<double>(x) * kMassUnits + 0.5));
+  constexpr double kHalf = 0.5;
+  return static_cast<uint64_t>(static_cast<int64_t>(static_cast<double>(x) * kMassUnits + kHalf));
 #endif
 }
 
