@@ -262,6 +262,19 @@ std::vector<Case> cover_cases() {
                    .layout = Layout::kPaged,
                    .fill = Fill::kStructured,
                    .seed = 97});
+  // Sums relative to the greatest score of earlier keys overflow in most tiles, also of means.
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    cases.push_back({.name = dtype == DType::kFloat32 ? "rising_scores" : "rising_scores_bf16",
+                     .lengths = {{700, 4901}},
+                     .h_q = 2,
+                     .h_kv = 1,
+                     .d_qk = 16,
+                     .d_v = 16,
+                     .dtype = dtype,
+                     .block_size = 32,
+                     .fill = Fill::kRising,
+                     .seed = 100});
+  }
   // Enough tasks that on Hopper the map makes the means of its queries itself.
   cases.push_back({.name = "many_tasks",
                    .lengths = {{300, 521}, {413, 413}, {137, 700}, {129, 129}},

@@ -245,6 +245,10 @@ void CaseData::fill() {
   const auto value = [&](int64_t position, int32_t h, int32_t col, bool query) {
     const float noise = normal(random);
     if (c.fill == Fill::kEqual) return col % 2 ? 0.5f : -0.25f;
+    if (c.fill == Fill::kRising) {
+      if (col != 0) return 0.0f;
+      return query ? 64.0f : 0.25f * static_cast<float>(position / 64);
+    }
     if (c.fill != Fill::kStructured) return noise * gain;
     const bool heavy = position < 4 || position % 301 == 7;
     const float angle = static_cast<float>(position) / (10.0f + 40.0f * static_cast<float>(h % 3));
