@@ -123,12 +123,7 @@ __device__ __forceinline__ void raise_max(float scale, const float (&scores)[64]
                                           RowSum (&rows)[2]) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float highest = -FLT_MAX;
-#pragma unroll
-    for (int g = 0; g < 16; ++g) {
-      highest = fmaxf(highest, fmaxf(scores[4 * g + 2 * r], scores[4 * g + 2 * r + 1]));
-    }
-    rows[r].add(scaled_max(max_quad(highest), scale), 0);
+    rows[r].add(scaled_max(max_quad(greatest_score(scores, r)), scale), 0);
   }
 }
 

@@ -88,12 +88,7 @@ __device__ __forceinline__ void add_means(float scale, const CoverScores& scores
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float highest = -FLT_MAX;
-#pragma unroll
-    for (int g = 0; g < 16; ++g) {
-      highest = fmaxf(highest, fmaxf(scores[4 * g + 2 * r], scores[4 * g + 2 * r + 1]));
-    }
-    highest = fmaxf(scaled_max(highest, scale), rows[r].max);
+    const float highest = fmaxf(scaled_max(greatest_score(scores, r), scale), rows[r].max);
     float parts[2] = {rows[r].sum * exp2_approx(rows[r].max - highest), 0};
 #pragma unroll
     for (int g = 0; g < 16; ++g) {

@@ -116,6 +116,16 @@ __device__ __forceinline__ void multiply_columns(const CoverTiles<Shape>& tiles,
 // Sums of exponentials up to it are as exact as others.
 constexpr float kMostSum = 0x1p100f;
 
+// Of a thread's scores of its row r: 0 or 1.
+__device__ __forceinline__ float greatest_score(const float (&scores)[64], int r) {
+  float greatest = -FLT_MAX;
+#pragma unroll
+  for (int g = 0; g < 16; ++g) {
+    greatest = fmaxf(greatest, fmaxf(scores[4 * g + 2 * r], scores[4 * g + 2 * r + 1]));
+  }
+  return greatest;
+}
+
 // Over the four lanes that have a row.
 __device__ inline float max_quad(float x) {
   x = fmaxf(x, __shfl_xor_sync(kWholeWarp, x, 1));
