@@ -260,7 +260,7 @@ def main() -> None:
     put(PAGE, "32k", score_table(share, names))
     dev_32k = [row for row in share["rows_dev"] if row["length"] == 32768]
     put(PAGE, "32k dev", score_table(share | {"rows": dev_32k, "split": "dev"}, names))
-    of_64 = "map:decide=row,use=last,mbf=1,local=3,g=.92,sq={},sk={},block_size=64"
+    means_of = "map:decide=row,use=last,mbf=1,local=3,g=.92,sq={},sk={},block_size=64"
     exact = "map:decide=row,exact=1,g={},use=last,local=3,block_size=64"
     put(
         PAGE,
@@ -270,9 +270,9 @@ def main() -> None:
             {
                 "dense": "dense",
                 "flex_prefill:min_budget=512": "flex_prefill, .9, budget 512",
-                of_64.format(16, 16): "map of means of 16, .92",
-                of_64.format(8, 8): "of 8, .92",
-                of_64.format(4, 4): "of 4, .92",
+                means_of.format(16, 16): "map of means of 16, .92",
+                means_of.format(8, 8): "of 8, .92",
+                means_of.format(4, 4): "of 4, .92",
                 exact.format(".86"): "exact masses, .86",
                 exact.format(".9"): "exact masses, .9",
                 exact.format(".92"): "exact masses, .92",

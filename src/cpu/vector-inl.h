@@ -61,8 +61,8 @@ HWY_INLINE hn::Vec<Part> load_part(const std::byte* p) {
   }
 }
 
-// 2^x for x <= 127, relative error 9e-8; 0 below -126.5. A NaN stays a NaN: only
-// products and sums lead from x to the result.
+// 2^x for x <= 127, relative error 9e-8; 0 below -126.5. A NaN stays a NaN: only products and sums
+// lead from x to the result.
 template <class D, class V = hn::Vec<D>>
 HWY_INLINE V exp2(D d, V x) {
   const hn::RebindToUnsigned<D> d32;

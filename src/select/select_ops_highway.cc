@@ -106,14 +106,14 @@ void sum_lanes(const float* partial, int n, float* sums) {
 // Sums of exponentials up to it are as exact as others.
 constexpr float kMostSum = 0x1p100f;
 
-// Of one vector of lanes; where all of its sums are good.
+// Of one vector of lanes. True if no sum is too great.
 template <bool kMasked, bool kWeighted>
-HWY_INLINE hn::Mask<F32> block_sums(const ScoreTile& tile, int per_block, float last_weight, int v,
-                                    int64_t stride, Vec reference, float* max, float* sum) {
+HWY_INLINE bool block_sums(const ScoreTile& tile, int per_block, float last_weight, int v,
+                           int64_t stride, Vec reference, float* max, float* sum) {
   const F32 d;
   // exp2 goes that far; a NaN stays (see there).
   const Vec most = hn::Set(d, 120.0f);
-  auto good = hn::Lt(hn::Set(d, TileOps::kNoMax), reference);
+  auto good = hn::Eq(most, most);
   for (int begin = 0; begin < tile.n; begin += per_block) {
     const int end = begin + per_block < tile.n ? begin + per_block : tile.n;
     Vec total = hn::Zero(d);
@@ -136,7 +136,7 @@ HWY_INLINE hn::Mask<F32> block_sums(const ScoreTile& tile, int per_block, float 
     hn::StoreU(total, d, sum + at);
     good = hn::And(good, hn::Lt(total, hn::Set(d, kMostSum)));
   }
-  return good;
+  return hn::AllTrue(d, good);
 }
 
 template <bool kMasked, bool kWeighted>
@@ -146,7 +146,8 @@ void block_stats_as(const ScoreTile& tile, int per_block, float last_weight, int
   const auto sums = block_sums<kMasked, kWeighted>;
   for (int v = 0; v < tile.panel; v += kLanes) {
     Vec top = hn::LoadU(d, reference + v);
-    if (hn::AllTrue(d, sums(tile, per_block, last_weight, v, stride, top, max, sum))) continue;
+    const bool known = hn::AllTrue(d, hn::Lt(hn::Set(d, TileOps::kNoMax), top));
+    if (known && sums(tile, per_block, last_weight, v, stride, top, max, sum)) continue;
     for (int key = 0; key < tile.n; ++key) top = hn::Max(top, logits<kMasked>(tile, key, v));
     sums(tile, per_block, last_weight, v, stride, top, max, sum);
     hn::StoreU(top, d, reference + v);
@@ -201,7 +202,7 @@ void block_shares(const float* max, int64_t n, int lanes, const float* weight, f
   }
 }
 
-constexpr int64_t kRowsAhead = 16;
+constexpr int64_t kRowsAhead = 16;  // of the row that is added, for prefetches
 
 // Columns [first, first + kParts * kPart), whose sums stay in registers: what is left to wait for
 // is the rows, and many of them are under way at once.
