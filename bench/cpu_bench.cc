@@ -172,6 +172,13 @@ void register_table(CpuTarget target, DType dtype, int d) {
       block.accumulate(p);
     }
   });
+  if (ops->attend != nullptr) {
+    add("attend", 2, each_panel([](Block& block, int p) {
+          block.ops.attend(block.packed_q(p), block.k.get(), block.v.get(), Block::kSize, block.d,
+                           block.d, 0.1f, block.s.get(), block.max.get() + p * block.ops.panel,
+                           block.sum.get() + p * block.ops.panel, block.output(p));
+        }));
+  }
   for (const int threads : {1, 0}) {
     benchmark::RegisterBenchmark(
         ("attend" + suffix + (threads == 1 ? "/1" : "/all")).c_str(),

@@ -261,6 +261,27 @@ TEST_P(AttendOn, NonFiniteValuesStayWhereTheyBelong) {
   }
 }
 
+// On one thread heads of a group share what is loaded: four and three of seven, whose rows of the
+// index differ and of which some are empty.
+TEST_P(AttendOn, HeadsOfAGroupKeepBlocksOfTheirOwn) {
+  if (GetParam().backend != Backend::kCpu) GTEST_SKIP() << "no threads of ours";
+  Execution execution = GetParam();
+  execution.num_threads = 1;
+  for (const bool interleave : {false, true}) {
+    for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+      CaseData data({.name = "group_of_seven",
+                     .lengths = {{600, 650}, {70, 70}},
+                     .h_q = 14,
+                     .h_kv = 2,
+                     .dtype = dtype,
+                     .gqa_interleave = interleave,
+                     .layout = Layout::kPacked});
+      const BlockIndex index = random_index(data, 0.3, 5, true);
+      check(data, &index, execution, expect(data, &index));
+    }
+  }
+}
+
 TEST_P(AttendOn, SameResultForAnyNumberOfThreads) {
   if (GetParam().backend == Backend::kReference) GTEST_SKIP() << "one thread";
   CaseData one(small_case(DType::kBFloat16)), many(small_case(DType::kBFloat16));

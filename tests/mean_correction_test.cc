@@ -119,9 +119,10 @@ void check_corrected(const Case& c, bool empty_rows) {
       }
     }
   }
-  for (const Execution& execution : executions(Stage::kAttend)) {
+  for (Execution execution : executions(Stage::kAttend)) {
     if (!takes(execution, c.dtype)) continue;
     SCOPED_TRACE(execution_name(execution));
+    execution.num_threads = 1;  // so that heads of a group share a task
     data.poison();
     StagedCall call(data, execution);
     const Workspace workspace = call.workspace(attend_workspace_size(call.input, execution));

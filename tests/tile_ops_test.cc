@@ -254,6 +254,59 @@ TEST_P(TileOpsOn, AccumulateAddsWeightedValues) {
   }
 }
 
+// Two blocks of one panel through `attend`. Scores rise by more than the lag from key `rise` of the
+// second block on, so that the output is rescaled there.
+TEST_P(TileOpsOn, AttendIsSoftmaxTimesValues) {
+  if (ops.attend == nullptr) GTEST_SKIP() << "the table has none";
+  const float scale = 0.1f;
+  for (const int d : {16, 64, 72, 128, 256}) {
+    const int d_v = d == 256 ? 128 : d;
+    for (const int n : {ops.key_step, TileOps::kMaxKeys}) {
+      for (const int rise : {-1, 0, ops.key_step / 2, n - 1}) {
+        Rows q(ops.panel, d, dtype), k(2 * n, d, dtype), v(2 * n, d_v, dtype);
+        q.randomize(ops.panel, d, 1);
+        k.randomize(2 * n, d, 2);
+        v.randomize(2 * n, d_v, 3);
+        for (int lane = 0; lane < ops.panel; ++lane) q.set(lane, 0, lane == 5 ? -1.0f : 1.0f);
+        for (int key = n + rise; rise >= 0 && key < 2 * n; ++key) k.set(key, 0, 200);
+        Aligned<std::byte> packed(ops.packed_q_bytes(d)), keys(ops.key_bytes(d)),
+            values(ops.value_bytes(d_v));
+        Aligned<float> s(TileOps::kMaxKeys * ops.panel), max(ops.panel), sum(ops.panel);
+        Aligned<float> o(TileOps::output_rows(d_v) * ops.panel);
+        std::fill_n(o.data(), TileOps::output_rows(d_v) * ops.panel, 0.0f);
+        std::fill_n(max.data(), ops.panel, TileOps::kNoMax);
+        std::fill_n(sum.data(), ops.panel, 0.0f);
+        ops.pack_q(q.row(0), q.stride(), ops.panel, d, packed.data());
+        for (const int first : {0, n}) {
+          ops.load_keys(k.row(first), k.stride(), n, 0, d, keys.data());
+          ops.load_values(v.row(first), v.stride(), n, 0, d_v, values.data());
+          ops.attend(packed.data(), keys.data(), values.data(), n, d, d_v, scale, s.data(),
+                     max.data(), sum.data(), o.data());
+        }
+        for (int lane = 0; lane < ops.panel; ++lane) {
+          std::vector<double> x(2 * n);
+          for (int key = 0; key < 2 * n; ++key) {
+            for (int c = 0; c < d; ++c) x[key] += scale * q.get(lane, c) * k.get(key, c);
+          }
+          const double top = *std::max_element(x.begin(), x.end());
+          double total = 0;
+          for (double& score : x) total += score = std::exp2(score - top);
+          ASSERT_NEAR(sum[lane] * std::exp2(max[lane] - top) / total, 1, 1e-4) << "lane " << lane;
+          for (int c = 0; c < d_v; ++c) {
+            double want = 0, size = 0;
+            for (int key = 0; key < 2 * n; ++key) {
+              want += x[key] / total * v.get(key, c);
+              size += std::abs(x[key] / total * v.get(key, c));
+            }
+            ASSERT_NEAR(o[c * ops.panel + lane] / sum[lane], want, 0x1p-9 * size + 1e-4)
+                << "d " << d << " n " << n << " rise " << rise << " lane " << lane << " c " << c;
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST_P(TileOpsOn, StoreDividesAndRounds) {
   constexpr int kDv = 24;
   Aligned<float> o(TileOps::output_rows(kDv) * ops.panel), sum(ops.panel);

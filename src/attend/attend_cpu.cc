@@ -1,10 +1,11 @@
-// attend on the CPU. A task is one query block of one head: its queries are packed once, then every
-// kept key block goes through scores, online softmax and the product with V, panel by panel.
+// attend on the CPU. A task is one query block of one head, or of some that share K and V: its
+// queries are packed once, then every kept key block goes through scores, online softmax and the
+// product with V, panel by panel.
 //
-//   packed_q  [panels][d_qk, panel]      once a task
+//   packed_q  [heads][panels][d_qk, panel]           once a task
 //   keys      [block, d_qk], values [block, d_v]     loaded (converted) once a task and block
-//   s         [block, panel]             scores, then weights, of one panel
-//   o         [panels][d_v, panel]       fp32, with max and sum [panels][panel] of the softmax
+//   s         [block, panel]                         scores, then weights, of one panel
+//   o         [heads][panels][d_v, panel]            fp32, with max and sum of the softmax
 //
 // Only blocks on the diagonal, at the end of the keys and at the edges of a token window are
 // masked. There a key that some queries do not see may hold a NaN, which a weight of 0 would not
@@ -31,6 +32,7 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kLn2 = 0.69314718055994530942;
 constexpr double kLog2E = 1.44269504088896340736;
+constexpr int kMaxSharedHeads = 4;  // what they need besides K and V fits a second-level cache
 
 // One worker's memory.
 struct Scratch {
@@ -50,10 +52,26 @@ int panels_of(int64_t n_queries, const TileOps& ops) {
   return static_cast<int>(ceil_div(n_queries, ops.panel));
 }
 
-Scratch take_scratch(const Problem& problem, const TileOps& ops, bool means, Arena& arena) {
-  const int panels = panels_of(problem.block_size, ops);
+int64_t most_key_blocks(const Problem& problem) {
   int64_t n_kv = 0;
   for (const BlockGrid& grid : problem.grids) n_kv = std::max(n_kv, grid.n_kv);
+  return n_kv;
+}
+
+// Tasks that the heads of a group are divided into, for one query block. Heads of a task share the
+// loaded blocks of K and V; every worker is to have a few tasks.
+int tasks_a_group(const Problem& problem, int workers) {
+  constexpr int kTasksAWorker = 8;
+  const int64_t groups = problem.first_row.back() / problem.group();
+  int tasks = static_cast<int>(ceil_div(problem.group(), kMaxSharedHeads));
+  while (tasks < problem.group() && tasks * groups < kTasksAWorker * workers) ++tasks;
+  return tasks;
+}
+
+Scratch take_scratch(const Problem& problem, const TileOps& ops, int heads, bool means,
+                     Arena& arena) {
+  const int panels = heads * panels_of(problem.block_size, ops);
+  const int64_t n_kv = most_key_blocks(problem);
   return {.packed_q = arena.take<std::byte>(panels * ops.packed_q_bytes(problem.d_qk)),
           .keys = arena.take<std::byte>(ops.key_bytes(problem.d_qk)),
           .values = arena.take<std::byte>(ops.value_bytes(problem.d_v)),
@@ -61,8 +79,8 @@ Scratch take_scratch(const Problem& problem, const TileOps& ops, bool means, Are
           .o = arena.take<float>(panels * TileOps::output_rows(problem.d_v) * ops.panel),
           .max = arena.take<float>(panels * ops.panel),
           .sum = arena.take<float>(panels * ops.panel),
-          .blocks = arena.take<int32_t>(n_kv),
-          .dropped = arena.take<int32_t>(means ? n_kv : 0),
+          .blocks = arena.take<int32_t>(heads * n_kv),
+          .dropped = arena.take<int32_t>(means ? heads * n_kv : 0),
           .mean = arena.take<float>(means ? std::max(problem.d_qk, problem.d_v) : 0)};
 }
 
@@ -134,28 +152,40 @@ bool is_finite_row(const std::byte* row, int d, DType dtype) {
   }
 }
 
+// The query heads [first_head, first_head + heads) of a group, counted within it.
 class Task {
  public:
   // means: nullptr, or with rows.mean_correction
   Task(const Problem& problem, const BlockRows& rows, const TileOps& ops, const Scratch& scratch,
-       const BlockMeans* means, int64_t sequence, int32_t head, int64_t q_row)
+       const BlockMeans* means, int64_t sequence, int32_t kv, int32_t first_head, int heads,
+       int64_t q_row)
       : problem_(problem),
         window_(rows.window),
         ops_(ops),
         scratch_(scratch),
-        k_(problem.k(sequence, problem.kv_head(head))),
-        v_(problem.v(sequence, problem.kv_head(head))),
-        s_kv_(problem.lengths[sequence].s_kv) {
+        k_(problem.k(sequence, kv)),
+        v_(problem.v(sequence, kv)),
+        s_kv_(problem.lengths[sequence].s_kv),
+        n_heads_(heads) {
     const int64_t offset = s_kv_ - problem.lengths[sequence].s_q;  // position of query row 0
     const int64_t block = problem.grids[sequence].first_q_block + q_row;
     first_ = std::max(block * problem.block_size, offset);
     n_queries_ = static_cast<int>(std::min((block + 1) * problem.block_size, s_kv_) - first_);
     first_row_ = first_ - offset;
-    n_blocks_ = rows.decode(problem, sequence, head, q_row, scratch.blocks);
+    panels_ = panels_of(n_queries_, ops);
+    const int64_t n_kv = most_key_blocks(problem);
+    for (int h = 0; h < heads; ++h) {
+      Head& head = heads_[h];
+      head.number = problem.q_head(kv, first_head + h);
+      head.blocks = scratch.blocks + h * n_kv;
+      head.n_blocks = rows.decode(problem, sequence, head.number, q_row, head.blocks);
+      if (means == nullptr) continue;
+      head.dropped = scratch.dropped + h * n_kv;
+      head.n_dropped = dropped_blocks(head.blocks, head.n_blocks, block, head.dropped);
+    }
     if (means != nullptr) {
-      n_dropped_ = dropped_blocks(scratch.blocks, n_blocks_, block, scratch.dropped);
-      k_means_ = means->k(sequence, problem.kv_head(head));
-      v_means_ = means->v(sequence, problem.kv_head(head));
+      k_means_ = means->k(sequence, kv);
+      v_means_ = means->v(sequence, kv);
     }
     const float scale = static_cast<float>(problem.scale * kLog2E);
     // `weigh` takes the maximum before it scales, which needs a positive scale.
@@ -163,27 +193,57 @@ class Task {
     weigh_scale_ = scale > 0 ? scale : 1;
   }
 
-  void run(RowView q, RowView out, float* lse) {
-    const int panels = panels_of(n_queries_, ops_);
-    for (int p = 0; p < panels; ++p) begin_panel(p, q);
-    for (int64_t e = 0; e < n_blocks_; ++e) {
-      load_block(scratch_.blocks[e]);
-      for (int p = 0; p < panels; ++p) {
-        if (e + 1 < n_blocks_) prefetch(scratch_.blocks[e + 1], p, panels);
-        attend_panel(p);
+  void run(int64_t sequence) {
+    for (int p = 0; p < n_heads_ * panels_; ++p) {
+      begin_panel(p, problem_.q(sequence, heads_[p / panels_].number));
+    }
+    std::array<int64_t, kMaxSharedHeads> at{};  // the next entry of each head's row
+    for (int32_t block = next_block(at); block != kNoBlock;) {
+      load_block(block);
+      std::array<int, kMaxSharedHeads> keeping;
+      int n = 0;
+      for (int h = 0; h < n_heads_; ++h) {
+        if (at[h] == heads_[h].n_blocks || heads_[h].blocks[at[h]] != block) continue;
+        ++at[h];
+        keeping[n++] = h;
       }
+      const int32_t next = next_block(at);
+      for (int i = 0; i < n * panels_; ++i) {
+        if (next != kNoBlock) prefetch(next, i, n * panels_);
+        attend_panel(keeping[i / panels_] * panels_ + i % panels_);
+      }
+      block = next;
     }
-    for (int64_t e = 0; e < n_dropped_; e += TileOps::kMaxKeys) {
-      const auto n = static_cast<int>(std::min<int64_t>(TileOps::kMaxKeys, n_dropped_ - e));
-      load_means(scratch_.dropped + e, n);
-      for (int p = 0; p < panels; ++p) attend_means(p, n);
+    for (int h = 0; h < n_heads_; ++h) attend_dropped(h);
+    for (int p = 0; p < n_heads_ * panels_; ++p) {
+      const int32_t head = heads_[p / panels_].number;
+      finish_panel(p, problem_.out(sequence, head), problem_.lse(sequence, head));
     }
-    for (int p = 0; p < panels; ++p) finish_panel(p, out, lse);
   }
 
  private:
-  int lanes(int p) const { return std::min(ops_.panel, n_queries_ - p * ops_.panel); }
-  int64_t first_position(int p) const { return first_ + p * ops_.panel; }
+  struct Head {
+    int32_t number = 0;
+    int32_t* blocks = nullptr;
+    int64_t n_blocks = 0;
+    int32_t* dropped = nullptr;  // blocks that count through their means
+    int64_t n_dropped = 0;
+  };
+  static constexpr int32_t kNoBlock = std::numeric_limits<int32_t>::max();
+
+  // The least block that a head still has to attend to.
+  int32_t next_block(const std::array<int64_t, kMaxSharedHeads>& at) const {
+    int32_t block = kNoBlock;
+    for (int h = 0; h < n_heads_; ++h) {
+      if (at[h] < heads_[h].n_blocks) block = std::min(block, heads_[h].blocks[at[h]]);
+    }
+    return block;
+  }
+
+  // Panels are numbered through all heads; first_lane: of the panel's queries in the block.
+  int first_lane(int p) const { return p % panels_ * ops_.panel; }
+  int lanes(int p) const { return std::min(ops_.panel, n_queries_ - first_lane(p)); }
+  int64_t first_position(int p) const { return first_ + first_lane(p); }
   std::byte* packed_q(int p) const {
     return scratch_.packed_q + p * ops_.packed_q_bytes(problem_.d_qk);
   }
@@ -192,7 +252,7 @@ class Task {
   float* sum(int p) const { return scratch_.sum + p * ops_.panel; }
 
   void begin_panel(int p, RowView q) {
-    ops_.pack_q(q.row(first_row_ + p * ops_.panel), q.row_stride, lanes(p), problem_.d_qk,
+    ops_.pack_q(q.row(first_row_ + first_lane(p)), q.row_stride, lanes(p), problem_.d_qk,
                 packed_q(p));
     std::fill_n(o(p), TileOps::output_rows(problem_.d_v) * ops_.panel, 0.0f);
     std::fill_n(max(p), ops_.panel, TileOps::kNoMax);
@@ -276,6 +336,11 @@ class Task {
     const int n = static_cast<int>(std::min<int64_t>(n_keys_, last - block_first_ + 1));
     const int padded = pad(n);
     float* s = scratch_.s;
+    if (ops_.attend != nullptr && scores_scale_ == 1 && !masked_ && n == padded) {
+      ops_.attend(packed_q(p), scratch_.keys, scratch_.values, n, problem_.d_qk, problem_.d_v,
+                  weigh_scale_, s, max(p), sum(p), o(p));
+      return;
+    }
     ops_.scores(packed_q(p), scratch_.keys, 0, n, problem_.d_qk, s);
     if (scores_scale_ != 1) {
       for (int i = 0; i < n * ops_.panel; ++i) s[i] *= scores_scale_;
@@ -284,6 +349,15 @@ class Task {
     ops_.weigh(s, padded, weigh_scale_, problem_.d_v, max(p), sum(p), o(p));
     for (int e = 0; e < n_aside_ && aside_[e] < n; ++e) add_aside(p, aside_[e]);
     ops_.accumulate(s, scratch_.values, padded, problem_.d_v, o(p));
+  }
+
+  void attend_dropped(int h) {
+    const Head& head = heads_[h];
+    for (int64_t e = 0; e < head.n_dropped; e += TileOps::kMaxKeys) {
+      const auto n = static_cast<int>(std::min<int64_t>(TileOps::kMaxKeys, head.n_dropped - e));
+      load_means(head.dropped + e, n);
+      for (int p = h * panels_; p < (h + 1) * panels_; ++p) attend_means(p, n);
+    }
   }
 
   void load_means(const int32_t* blocks, int n) {
@@ -333,10 +407,10 @@ class Task {
     }
   }
 
-  bool sees_any(int64_t position) const {
-    if (n_dropped_ > 0) return true;
-    for (int64_t e = 0; e < n_blocks_; ++e) {
-      const int64_t first = scratch_.blocks[e] * static_cast<int64_t>(problem_.block_size);
+  bool sees_any(const Head& head, int64_t position) const {
+    if (head.n_dropped > 0) return true;
+    for (int64_t e = 0; e < head.n_blocks; ++e) {
+      const int64_t first = head.blocks[e] * static_cast<int64_t>(problem_.block_size);
       for (int64_t key = first; key < std::min(first + problem_.block_size, s_kv_); ++key) {
         if (window_.sees(position, key)) return true;
       }
@@ -347,12 +421,12 @@ class Task {
   void finish_panel(int p, RowView out, float* lse) {
     const int n = lanes(p);
     float* sums = sum(p);
-    const int64_t first_row = first_row_ + p * ops_.panel;
+    const int64_t first_row = first_row_ + first_lane(p);
     for (int lane = 0; lane < n; ++lane) {
       double row_lse = max(p)[lane] * kLn2 + std::log(static_cast<double>(sums[lane]));
       // No weight at all: a query that sees no key gives 0, one whose scores are all -inf 0 / 0.
       if (sums[lane] == 0) {
-        const bool nothing = !sees_any(first_position(p) + lane);
+        const bool nothing = !sees_any(heads_[p / panels_], first_position(p) + lane);
         row_lse = nothing ? -kInfinity : std::numeric_limits<float>::quiet_NaN();
         if (nothing) sums[lane] = 1;
       }
@@ -370,8 +444,9 @@ class Task {
   int64_t first_ = 0;      // position of the task's first query
   int64_t first_row_ = 0;  // its row in q, out and lse
   int n_queries_ = 0;
-  int64_t n_blocks_ = 0;
-  int64_t n_dropped_ = 0;  // that count through their means
+  int panels_ = 0;  // of a head
+  int n_heads_;
+  std::array<Head, kMaxSharedHeads> heads_;
   RowView k_means_, v_means_;
   float scores_scale_ = 1, weigh_scale_ = 1;
   // The key block in scratch.
@@ -389,11 +464,13 @@ class Task {
 void attend_cpu(const Problem& problem, const BlockRows& rows, const Execution& execution,
                 Arena& arena) {
   const TileOps& ops = tile_ops(execution.cpu_target, problem.dtype);
-  const int64_t n_tasks = problem.first_row.back();
+  const int group_tasks = tasks_a_group(problem, worker_count(execution));
+  const int most_heads = static_cast<int>(ceil_div(problem.group(), group_tasks));
+  const int64_t n_tasks = problem.first_row.back() / problem.group() * group_tasks;
   const auto workers = static_cast<int>(std::min<int64_t>(worker_count(execution), n_tasks));
   std::vector<Scratch> scratch;
   for (int w = 0; w < workers; ++w) {
-    scratch.push_back(take_scratch(problem, ops, rows.mean_correction, arena));
+    scratch.push_back(take_scratch(problem, ops, most_heads, rows.mean_correction, arena));
   }
   std::optional<BlockMeans> means;
   if (rows.mean_correction) means.emplace(problem, arena);
@@ -406,14 +483,18 @@ void attend_cpu(const Problem& problem, const BlockRows& rows, const Execution& 
   }
 
   parallel_tasks(workers, n_tasks, [&](int worker, int64_t t) {
-    const auto next = std::upper_bound(problem.first_row.begin(), problem.first_row.end(), t);
+    const int64_t group_row = t / group_tasks;  // as rows, but one for all heads of a group
+    const auto next = std::upper_bound(problem.first_row.begin(), problem.first_row.end(),
+                                       group_row * problem.group());
     const int64_t sequence = next - problem.first_row.begin() - 1;
-    const int64_t r = t - problem.first_row[sequence];
-    const auto head = static_cast<int32_t>(r % problem.h_q);
-    const int64_t q_row = problem.grids[sequence].n_q - 1 - r / problem.h_q;
-    Task task(problem, rows, ops, scratch[worker], means ? &*means : nullptr, sequence, head,
-              q_row);
-    task.run(problem.q(sequence, head), problem.out(sequence, head), problem.lse(sequence, head));
+    const int64_t r = group_row - problem.first_row[sequence] / problem.group();
+    const int64_t q_row = problem.grids[sequence].n_q - 1 - r / problem.h_kv;
+    const auto part = static_cast<int32_t>(t % group_tasks);
+    const int32_t first = part * problem.group() / group_tasks;
+    const int32_t end = (part + 1) * problem.group() / group_tasks;
+    Task task(problem, rows, ops, scratch[worker], means ? &*means : nullptr, sequence,
+              static_cast<int32_t>(r % problem.h_kv), first, end - first, q_row);
+    task.run(sequence);
   });
 }
 

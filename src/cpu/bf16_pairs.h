@@ -88,20 +88,24 @@ inline void load_keys(const std::byte* rows, int64_t stride, int n, int at, int 
   }
 }
 
-// Rounds n rows of weights (fp32, a multiple of 4) to pairs, which take the place of the weights:
-// row j of the pairs lies no further than the rows 2j and 2j + 1 that it is made from. To nearest,
-// up where halfway: three instructions, where vcvtne2ps2bf16 and a permutation take twice as long.
+// The pairs of two rows of weights, fp32. To nearest, up where halfway: three instructions, where
+// vcvtne2ps2bf16 and a permutation take twice as long.
+HWY_INLINE __m512i round_to_pair(__m512i even, __m512i odd) {
+  const __m512i half = _mm512_set1_epi32(0x8000);
+  const __m512i low = _mm512_add_epi32(even, half), high = _mm512_add_epi32(odd, half);
+  // The upper halves of low become the lower halves of high: bytes 0 and 1 of each dword.
+  return _mm512_mask_alignr_epi8(high, 0x3333333333333333, low, low, 2);
+}
+
+// Rounds n rows of weights (a multiple of 4) to pairs, which take the place of the weights: row j
+// of the pairs lies no further than the rows 2j and 2j + 1 that it is made from.
 template <int kPanel>
 HWY_INLINE void round_to_pairs(float* p, int n) {
-  const __m512i half = _mm512_set1_epi32(0x8000);
   for (int j = 0; j < n / 2; ++j) {
     for (int lane = 0; lane < kPanel; lane += kLanes) {
       const float* from = p + 2 * j * kPanel + lane;
-      const __m512i low = _mm512_add_epi32(_mm512_load_si512(from), half);
-      const __m512i high = _mm512_add_epi32(_mm512_load_si512(from + kPanel), half);
-      // The upper halves of low become the lower halves of high: bytes 0 and 1 of each dword.
       _mm512_store_si512(p + j * kPanel + lane,
-                         _mm512_mask_alignr_epi8(high, 0x3333333333333333, low, low, 2));
+                         round_to_pair(_mm512_load_si512(from), _mm512_load_si512(from + kPanel)));
     }
   }
 }

@@ -7,6 +7,7 @@
 // exponential apart with AVX-512's vreduceps and vscalefps.
 // The tiles are configured and released by each operation: a thread may run other users of them
 // in between. That takes 0.1 us, hence the wide panel. Figures: docs/notes.md.
+#include <algorithm>
 #include <cstring>
 
 #include "cpu/tile_ops_tables.h"
@@ -67,6 +68,13 @@ HWY_INLINE void multiply(const std::byte* a, int64_t a_stride, const std::byte* 
   }
 }
 
+void zero_c() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
 void load_c(const std::byte* c) {
   _tile_loadd(0, c, kPanelBytes);
   _tile_loadd(1, c + kTileBytes, kPanelBytes);
@@ -87,10 +95,7 @@ HWY_INLINE void store_c(std::byte* c) {
 template <bool kTwoRows>
 HWY_INLINE void score_rows(const std::byte* keys, int64_t key_bytes, const std::byte* packed_q,
                            int n_steps, std::byte* s) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  zero_c();
   multiply<kTwoRows>(keys, key_bytes, packed_q, n_steps);
   store_c<kTwoRows>(s);
 }
@@ -187,20 +192,25 @@ void load_values(const std::byte* rows, int64_t stride, int n, int at, int d_v, 
   }
 }
 
-void accumulate(float* p, const void* values, int n, int d_v, float* o) {
-  bf16_pairs::round_to_pairs<kPanel>(p, n);
-  fence();
-  _tile_loadconfig(&kConfig);
-  const auto* v = static_cast<const std::byte*>(values);
-  const auto* pairs = reinterpret_cast<const std::byte*>(p);
+// Adds n keys, from the first of pairs and v on, to o.
+void add_values(const float* pairs, const std::byte* v, int n, int d_v, float* o) {
+  const auto* b = reinterpret_cast<const std::byte*>(pairs);
   auto* out = reinterpret_cast<std::byte*>(o);
-  for (int c = 0; c < d_v; c += 2 * kTile) {
+  fence();
+  for (int c = 0; c < d_v && n > 0; c += 2 * kTile) {
     for (int64_t lanes = 0; lanes < kPanelBytes; lanes += 2 * kTileBytes) {
       load_c(out + c * kPanelBytes + lanes);
-      multiply<true>(v + c * kValueBytes, kValueBytes, pairs + lanes, n / kTileKeys);
+      multiply<true>(v + c * kValueBytes, kValueBytes, b + lanes, n / kTileKeys);
       store_c<true>(out + c * kPanelBytes + lanes);
     }
   }
+  fence();
+}
+
+void accumulate(float* p, const void* values, int n, int d_v, float* o) {
+  bf16_pairs::round_to_pairs<kPanel>(p, n);
+  _tile_loadconfig(&kConfig);
+  add_values(p, static_cast<const std::byte*>(values), n, d_v, o);
   _tile_release();
   fence();
 }
@@ -221,57 +231,160 @@ HWY_INLINE __m512 exp2(__m512 x) {
   return _mm512_maskz_scalef_ps(normal, poly, x);  // poly * 2^floor(x)
 }
 
-void weigh(float* HWY_RESTRICT s, int n, float scale, int d_v, float* HWY_RESTRICT max,
-           float* HWY_RESTRICT sum, float* HWY_RESTRICT o) {
-  constexpr int kVectors = kPanel / kLanes;
-  const __m512 vscale = _mm512_set1_ps(scale);
-  __m512 top[kVectors], other[kVectors], total[kVectors];
-  for (int v = 0; v < kVectors; ++v) {
-    top[v] = _mm512_load_ps(s + v * kLanes);
-    other[v] = _mm512_load_ps(s + kPanel + v * kLanes);
-    total[v] = _mm512_load_ps(sum + v * kLanes);
-  }
-  for (int key = 2; key < n; key += 2) {
+constexpr int kVectors = kPanel / kLanes;
+
+// Maximum and sum of a panel's online softmax, in registers.
+class PanelSoftmax {
+ public:
+  HWY_INLINE PanelSoftmax(float scale, const float* max, const float* sum)
+      : scale_(_mm512_set1_ps(scale)) {
     for (int v = 0; v < kVectors; ++v) {
-      const float* element = s + key * kPanel + v * kLanes;
-      top[v] = _mm512_max_ps(top[v], _mm512_load_ps(element));
-      other[v] = _mm512_max_ps(other[v], _mm512_load_ps(element + kPanel));
+      top_[v] = _mm512_load_ps(max + v * kLanes);
+      total_[v] = _mm512_load_ps(sum + v * kLanes);
     }
   }
-  __m512 old_max[kVectors];
-  int grew = 0;  // by more than kMaxLag, in any lane
-  for (int v = 0; v < kVectors; ++v) {
-    // The second operand is the result where one is a NaN.
-    old_max[v] = _mm512_load_ps(max + v * kLanes);
-    top[v] = _mm512_max_ps(_mm512_mul_ps(_mm512_max_ps(top[v], other[v]), vscale), old_max[v]);
-    const __m512 limit = _mm512_add_ps(old_max[v], _mm512_set1_ps(TileOps::kMaxLag));
-    grew |= _mm512_cmp_ps_mask(top[v], limit, _CMP_GT_OQ);
-  }
-  if (grew != 0) {
-    __m512 factor[kVectors];
+
+  // Takes n keys into the maximum, an even number. Whether it rose, which it does where it would
+  // lag by more than kMaxLag in any lane; o is then to be multiplied by factor.
+  HWY_INLINE bool rises(const float* s, int n, __m512 (&factor)[kVectors]) {
+    __m512 top[kVectors], other[kVectors];
     for (int v = 0; v < kVectors; ++v) {
-      factor[v] = exp2(_mm512_sub_ps(old_max[v], top[v]));
-      total[v] = _mm512_mul_ps(total[v], factor[v]);
-      _mm512_store_ps(max + v * kLanes, top[v]);
+      top[v] = _mm512_load_ps(s + v * kLanes);
+      other[v] = _mm512_load_ps(s + kPanel + v * kLanes);
     }
-    for (int c = 0; c < d_v; ++c) {
+    for (int key = 2; key < n; key += 2) {
       for (int v = 0; v < kVectors; ++v) {
-        float* element = o + c * kPanel + v * kLanes;
-        _mm512_store_ps(element, _mm512_mul_ps(_mm512_load_ps(element), factor[v]));
+        const float* element = s + key * kPanel + v * kLanes;
+        top[v] = _mm512_max_ps(top[v], _mm512_load_ps(element));
+        other[v] = _mm512_max_ps(other[v], _mm512_load_ps(element + kPanel));
       }
     }
-  } else {
-    for (int v = 0; v < kVectors; ++v) top[v] = old_max[v];
-  }
-  for (int key = 0; key < n; ++key) {
+    int grew = 0;
     for (int v = 0; v < kVectors; ++v) {
-      float* element = s + key * kPanel + v * kLanes;
-      const __m512 p = exp2(_mm512_fmsub_ps(_mm512_load_ps(element), vscale, top[v]));
-      total[v] = _mm512_add_ps(total[v], p);
-      _mm512_store_ps(element, p);
+      // The second operand is the result where one is a NaN.
+      top[v] = _mm512_max_ps(_mm512_mul_ps(_mm512_max_ps(top[v], other[v]), scale_), top_[v]);
+      const __m512 limit = _mm512_add_ps(top_[v], _mm512_set1_ps(TileOps::kMaxLag));
+      grew |= _mm512_cmp_ps_mask(top[v], limit, _CMP_GT_OQ);
+    }
+    if (grew == 0) return false;
+    for (int v = 0; v < kVectors; ++v) {
+      factor[v] = exp2(_mm512_sub_ps(top_[v], top[v]));
+      total_[v] = _mm512_mul_ps(total_[v], factor[v]);
+      top_[v] = top[v];
+    }
+    return true;
+  }
+
+  // s becomes the weights of n keys.
+  HWY_INLINE void weigh(float* s, int n) {
+    for (int key = 0; key < n; ++key) {
+      for (int v = 0; v < kVectors; ++v) {
+        float* element = s + key * kPanel + v * kLanes;
+        const __m512 p = weight(element, v);
+        total_[v] = _mm512_add_ps(total_[v], p);
+        _mm512_store_ps(element, p);
+      }
     }
   }
-  for (int v = 0; v < kVectors; ++v) _mm512_store_ps(sum + v * kLanes, total[v]);
+
+  // The weights of the pairs [first, end) of keys of s, rounded, to pairs.
+  HWY_INLINE void weigh_pairs(const float* s, int first, int end, float* pairs) {
+    for (int j = first; j < end; ++j) {
+      for (int v = 0; v < kVectors; ++v) {
+        const float* element = s + 2 * j * kPanel + v * kLanes;
+        const __m512 even = weight(element, v), odd = weight(element + kPanel, v);
+        total_[v] = _mm512_add_ps(total_[v], _mm512_add_ps(even, odd));
+        _mm512_store_si512(
+            pairs + j * kPanel + v * kLanes,
+            bf16_pairs::round_to_pair(_mm512_castps_si512(even), _mm512_castps_si512(odd)));
+      }
+    }
+  }
+
+  HWY_INLINE void store(float* max, float* sum) const {
+    for (int v = 0; v < kVectors; ++v) {
+      _mm512_store_ps(max + v * kLanes, top_[v]);
+      _mm512_store_ps(sum + v * kLanes, total_[v]);
+    }
+  }
+
+ private:
+  HWY_INLINE __m512 weight(const float* s, int v) const {
+    return exp2(_mm512_fmsub_ps(_mm512_load_ps(s), scale_, top_[v]));
+  }
+
+  const __m512 scale_;
+  __m512 top_[kVectors], total_[kVectors];
+};
+
+void rescale(const __m512 (&factor)[kVectors], int d_v, float* o) {
+  for (int c = 0; c < d_v; ++c) {
+    for (int v = 0; v < kVectors; ++v) {
+      float* element = o + c * kPanel + v * kLanes;
+      _mm512_store_ps(element, _mm512_mul_ps(_mm512_load_ps(element), factor[v]));
+    }
+  }
+}
+
+void weigh(float* HWY_RESTRICT s, int n, float scale, int d_v, float* HWY_RESTRICT max,
+           float* HWY_RESTRICT sum, float* HWY_RESTRICT o) {
+  PanelSoftmax softmax(scale, max, sum);
+  __m512 factor[kVectors];
+  if (softmax.rises(s, n, factor)) rescale(factor, d_v, o);
+  softmax.weigh(s, n);
+  softmax.store(max, sum);
+}
+
+// ---- All steps of a panel -----------------------------------------------------------------------
+
+// Keys go through scores and weights by kTileKeys, so that scores stay in the first-level cache;
+// the exponentials of some stand between the products of the next.
+void attend(const void* packed_q, const void* keys, const void* values, int n, int d, int d_v,
+            float scale, float* s, float* max, float* sum, float* o) {
+  const int64_t key_bytes = sizeof(uint32_t) * bf16_pairs::padded_pairs(d);
+  const int n_steps = bf16_pairs::padded_pairs(d) / kTile;
+  const int pairs_a_step = (kTile + 2 * n_steps - 1) / (2 * n_steps);
+  const auto* k = static_cast<const std::byte*>(keys);
+  const auto* q = static_cast<const std::byte*>(packed_q);
+  const auto* v = static_cast<const std::byte*>(values);
+  // s: the weights of all keys in pairs, then the scores of two times kTileKeys keys.
+  const auto pairs_of = [&](int key) { return s + key / 2 * kPanel; };
+  const auto scores_of = [&](int key) {
+    return s + (TileOps::kMaxKeys / 2 + key / kTileKeys % 2 * kTileKeys) * kPanel;
+  };
+
+  fence();
+  _tile_loadconfig(&kConfig);
+  PanelSoftmax softmax(scale, max, sum);
+  int added = 0;  // keys that are in o
+  for (int key = 0; key < n; key += kTileKeys) {
+    const int before = key - kTileKeys;
+    int weighed = 0;  // pairs of the keys before
+    for (int64_t lanes = 0; lanes < kPanelBytes; lanes += 2 * kTileBytes) {
+      zero_c();
+      for (int i = 0; i < n_steps; ++i) {
+        multiply<true>(k + key * key_bytes + i * kTileBytes, key_bytes,
+                       q + lanes + i * kTile * kPanelBytes, 1);
+        if (key == 0) continue;
+        const int end = std::min(weighed + pairs_a_step, kTile);
+        softmax.weigh_pairs(scores_of(before), weighed, end, pairs_of(before));
+        weighed = end;
+      }
+      store_c<true>(reinterpret_cast<std::byte*>(scores_of(key)) + lanes);
+    }
+    fence();
+    __m512 factor[kVectors];
+    if (softmax.rises(scores_of(key), kTileKeys, factor)) {
+      add_values(pairs_of(added), v + 2 * added, key - added, d_v, o);
+      added = key;
+      rescale(factor, d_v, o);
+    }
+  }
+  softmax.weigh_pairs(scores_of(n - kTileKeys), 0, kTile, pairs_of(n - kTileKeys));
+  softmax.store(max, sum);
+  add_values(pairs_of(added), v + 2 * added, n - added, d_v, o);
+  _tile_release();
+  fence();
 }
 
 }  // namespace
@@ -295,6 +408,7 @@ const TileOps* amx_tile_ops(DType dtype) {
     ops.value_bytes = value_bytes;
     ops.load_values = load_values;
     ops.accumulate = accumulate;
+    ops.attend = attend;
     ops.store = bf16_pairs::store<kPanel>;
     return ops;
   }();

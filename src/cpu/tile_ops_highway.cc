@@ -249,6 +249,7 @@ constexpr TileOps make_table(CpuTarget target) {
           .value_bytes = row_bytes,
           .load_values = load_rows<kType>,
           .accumulate = accumulate,
+          .attend = nullptr,
           .store = store<kType>};
 }
 
