@@ -174,8 +174,9 @@ void register_table(CpuTarget target, DType dtype, int d) {
   });
   if (ops->attend != nullptr) {
     add("attend", 2, each_panel([](Block& block, int p) {
-          block.ops.attend(block.packed_q(p), block.k.get(), block.v.get(), Block::kSize, block.d,
-                           block.d, 0.1f, block.s.get(), block.max.get() + p * block.ops.panel,
+          block.ops.attend(block.packed_q(p), block.k.get(), block.v.get(), Block::kSize,
+                           Block::kSize, block.d, block.d, 0.1f, block.s.get(),
+                           block.max.get() + p * block.ops.panel,
                            block.sum.get() + p * block.ops.panel, block.output(p));
         }));
   }

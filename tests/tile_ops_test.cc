@@ -255,14 +255,15 @@ TEST_P(TileOpsOn, AccumulateAddsWeightedValues) {
 }
 
 // Two blocks of one panel through `attend`. Scores rise by more than the lag from key `rise` of the
-// second block on, so that the output is rescaled there.
+// second block on, so that the output is rescaled there; of that block lanes see a part.
 TEST_P(TileOpsOn, AttendIsSoftmaxTimesValues) {
   if (ops.attend == nullptr) GTEST_SKIP() << "the table has none";
   const float scale = 0.1f;
   for (const int d : {16, 64, 72, 128, 256}) {
     const int d_v = d == 256 ? 128 : d;
     for (const int n : {ops.key_step, TileOps::kMaxKeys}) {
-      for (const int rise : {-1, 0, ops.key_step / 2, n - 1}) {
+      for (const auto& [rise, last_seen] :
+           {std::pair{-1, n}, {0, n}, {ops.key_step / 2, n}, {n - 1, n}, {-1, 0}, {1, 37}}) {
         Rows q(ops.panel, d, dtype), k(2 * n, d, dtype), v(2 * n, d_v, dtype);
         q.randomize(ops.panel, d, 1);
         k.randomize(2 * n, d, 2);
@@ -280,13 +281,14 @@ TEST_P(TileOpsOn, AttendIsSoftmaxTimesValues) {
         for (const int first : {0, n}) {
           ops.load_keys(k.row(first), k.stride(), n, 0, d, keys.data());
           ops.load_values(v.row(first), v.stride(), n, 0, d_v, values.data());
-          ops.attend(packed.data(), keys.data(), values.data(), n, d, d_v, scale, s.data(),
-                     max.data(), sum.data(), o.data());
+          ops.attend(packed.data(), keys.data(), values.data(), n, first == 0 ? n : last_seen, d,
+                     d_v, scale, s.data(), max.data(), sum.data(), o.data());
         }
         for (int lane = 0; lane < ops.panel; ++lane) {
           std::vector<double> x(2 * n);
           for (int key = 0; key < 2 * n; ++key) {
             for (int c = 0; c < d; ++c) x[key] += scale * q.get(lane, c) * k.get(key, c);
+            if (key - n > last_seen + lane) x[key] = -kInfinity;
           }
           const double top = *std::max_element(x.begin(), x.end());
           double total = 0;

@@ -336,9 +336,12 @@ class Task {
     const int n = static_cast<int>(std::min<int64_t>(n_keys_, last - block_first_ + 1));
     const int padded = pad(n);
     float* s = scratch_.s;
-    if (ops_.attend != nullptr && scores_scale_ == 1 && !masked_ && n == padded) {
-      ops_.attend(packed_q(p), scratch_.keys, scratch_.values, n, problem_.d_qk, problem_.d_v,
-                  weigh_scale_, s, max(p), sum(p), o(p));
+    if (ops_.attend != nullptr && scores_scale_ == 1 && n_aside_ == 0 &&
+        !(masked_ && window_.active())) {
+      const auto last_seen =
+          static_cast<int>(std::min<int64_t>(first_position(p) - block_first_, TileOps::kMaxKeys));
+      ops_.attend(packed_q(p), scratch_.keys, scratch_.values, padded, last_seen, problem_.d_qk,
+                  problem_.d_v, weigh_scale_, s, max(p), sum(p), o(p));
       return;
     }
     ops_.scores(packed_q(p), scratch_.keys, 0, n, problem_.d_qk, s);

@@ -55,10 +55,11 @@ struct TileOps {
   // o[c * panel + lane] += sum over keys of p[key * panel + lane] * v[key][c]; destroys p. o has
   // room for output_rows(d_v) rows.
   void (*accumulate)(float* p, const void* values, int n, int d_v, float* o);
-  // `scores`, `weigh` and `accumulate` of one panel and n keys, a multiple of key_step, all seen by
-  // every lane; s is scratch. nullptr: the table gains nothing from doing them in one.
-  void (*attend)(const void* packed_q, const void* keys, const void* values, int n, int d, int d_v,
-                 float scale, float* s, float* max, float* sum, float* o);
+  // `scores`, `weigh` and `accumulate` of one panel and n keys, a multiple of key_step, of which
+  // lane l sees those up to last_seen + l; s is scratch. nullptr: the table gains nothing from
+  // doing them in one.
+  void (*attend)(const void* packed_q, const void* keys, const void* values, int n, int last_seen,
+                 int d, int d_v, float scale, float* s, float* max, float* sum, float* o);
   // out[lane][c] = o[c * panel + lane] / sum[lane] in the element type, n rows `stride` bytes
   // apart.
   void (*store)(const float* o, const float* sum, int n, int d_v, std::byte* out, int64_t stride);

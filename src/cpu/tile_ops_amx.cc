@@ -9,6 +9,7 @@
 // in between. That takes 0.1 us, hence the wide panel. Figures: docs/notes.md.
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "cpu/tile_ops_tables.h"
 #include "hwy/base.h"
@@ -337,10 +338,22 @@ void weigh(float* HWY_RESTRICT s, int n, float scale, int d_v, float* HWY_RESTRI
 
 // ---- All steps of a panel -----------------------------------------------------------------------
 
+// The scores of kTileKeys keys become -inf where lane l does not see them: after last_seen + l.
+void hide(float* s, int last_seen) {
+  const __m512 nothing = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  for (int key = std::max(last_seen + 1, 0); key < kTileKeys; ++key) {
+    for (int v = 0; v < kVectors; ++v) {
+      const int hidden = key - last_seen - v * kLanes;  // lanes of this vector
+      if (hidden <= 0) break;
+      _mm512_mask_store_ps(s + key * kPanel + v * kLanes, bf16_pairs::first_lanes(hidden), nothing);
+    }
+  }
+}
+
 // Keys go through scores and weights by kTileKeys, so that scores stay in the first-level cache;
 // the exponentials of some stand between the products of the next.
-void attend(const void* packed_q, const void* keys, const void* values, int n, int d, int d_v,
-            float scale, float* s, float* max, float* sum, float* o) {
+void attend(const void* packed_q, const void* keys, const void* values, int n, int last_seen, int d,
+            int d_v, float scale, float* s, float* max, float* sum, float* o) {
   const int64_t key_bytes = sizeof(uint32_t) * bf16_pairs::padded_pairs(d);
   const int n_steps = bf16_pairs::padded_pairs(d) / kTile;
   const int pairs_a_step = (kTile + 2 * n_steps - 1) / (2 * n_steps);
@@ -373,6 +386,7 @@ void attend(const void* packed_q, const void* keys, const void* values, int n, i
       store_c<true>(reinterpret_cast<std::byte*>(scores_of(key)) + lanes);
     }
     fence();
+    if (last_seen < key + kTileKeys - 1) hide(scores_of(key), last_seen - key);
     __m512 factor[kVectors];
     if (softmax.rises(scores_of(key), kTileKeys, factor)) {
       add_values(pairs_of(added), v + 2 * added, key - added, d_v, o);
