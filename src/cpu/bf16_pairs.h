@@ -113,12 +113,14 @@ HWY_INLINE void round_to_pairs(float* p, int n) {
 template <int kPanel>
 void store(const float* o, const float* sum, int n, int d_v, std::byte* out, int64_t stride) {
   for (int lane = 0; lane < n; lane += kLanes) {
-    const __m512 divisor = _mm512_load_ps(sum + lane);
+    // Quotients of all elements would take longer than the rest of this; the difference is lost in
+    // the rounding to bf16.
+    const __m512 factor = _mm512_div_ps(_mm512_set1_ps(1), _mm512_load_ps(sum + lane));
     for (int c = 0; c < d_v; c += kLanes) {
       __m512i m[kLanes];
       for (int i = 0; i < kLanes; ++i) {
         const __m512 column = _mm512_load_ps(o + (c + i) * kPanel + lane);
-        m[i] = _mm512_castps_si512(_mm512_div_ps(column, divisor));
+        m[i] = _mm512_castps_si512(_mm512_mul_ps(column, factor));
       }
       transpose(m);
       for (int i = 0; i < std::min(kLanes, n - lane); ++i) {
