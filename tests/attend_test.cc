@@ -4,6 +4,7 @@
 // is not rounded) is at most twice that of the same computation done naively in the input's type,
 // plus a few units in the last place.
 #include <gtest/gtest.h>
+#include <oneapi/tbb/global_control.h>
 
 #include <cmath>
 #include <cstring>
@@ -280,6 +281,28 @@ TEST_P(AttendOn, HeadsOfAGroupKeepBlocksOfTheirOwn) {
       check(data, &index, execution, expect(data, &index));
     }
   }
+}
+
+// At 32k tokens two workers have room for four heads a task, sixteen for one or two.
+TEST_P(AttendOn, WorkersTakeATwentiethOfTheInputsAtMost) {
+  if (GetParam().backend != Backend::kCpu) GTEST_SKIP() << "no threads of ours";
+  namespace tbb = oneapi::tbb;
+  const tbb::global_control allow(tbb::global_control::max_allowed_parallelism, 16);
+  constexpr int64_t kTokens = 32768, kQ = 8, kKv = 2, kD = 128;
+  AttentionInput input;
+  const DType dtype = DType::kBFloat16;
+  input.q = contiguous_view(nullptr, dtype, std::vector<int64_t>{1, kTokens, kQ, kD});
+  input.k = contiguous_view(nullptr, dtype, std::vector<int64_t>{1, kTokens, kKv, kD});
+  input.v = input.k;
+  const size_t inputs = kTokens * (kQ + 2 * kKv) * kD * element_size(dtype);
+  Execution execution = GetParam();
+  execution.num_threads = 2;
+  const size_t two = attend_workspace_size(input, execution);
+  EXPECT_LE(two, inputs / 20);
+  execution.num_threads = 16;
+  const size_t sixteen = attend_workspace_size(input, execution);
+  EXPECT_LE(sixteen, inputs / 20);
+  EXPECT_LT(sixteen, 6 * two);  // with as many heads a task it would be 8
 }
 
 TEST_P(AttendOn, SameResultForAnyNumberOfThreads) {

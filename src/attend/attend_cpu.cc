@@ -58,16 +58,6 @@ int64_t most_key_blocks(const Problem& problem) {
   return n_kv;
 }
 
-// Tasks that the heads of a group are divided into, for one query block. Heads of a task share the
-// loaded blocks of K and V; every worker is to have a few tasks.
-int tasks_a_group(const Problem& problem, int workers) {
-  constexpr int kTasksAWorker = 8;
-  const int64_t groups = problem.first_row.back() / problem.group();
-  int tasks = static_cast<int>(ceil_div(problem.group(), kMaxSharedHeads));
-  while (tasks < problem.group() && tasks * groups < kTasksAWorker * workers) ++tasks;
-  return tasks;
-}
-
 Scratch take_scratch(const Problem& problem, const TileOps& ops, int heads, bool means,
                      Arena& arena) {
   const int panels = heads * panels_of(problem.block_size, ops);
@@ -82,6 +72,29 @@ Scratch take_scratch(const Problem& problem, const TileOps& ops, int heads, bool
           .blocks = arena.take<int32_t>(heads * n_kv),
           .dropped = arena.take<int32_t>(means ? heads * n_kv : 0),
           .mean = arena.take<float>(means ? std::max(problem.d_qk, problem.d_v) : 0)};
+}
+
+// Tasks that the heads of a group are divided into, for one query block. Heads of a task share the
+// loaded blocks of K and V. More tasks than need be where workers would have few, and where the
+// scratch of all workers would be more than a twentieth of q, k and v.
+int tasks_a_group(const Problem& problem, const TileOps& ops, int workers, bool means) {
+  constexpr int kTasksAWorker = 8;
+  constexpr size_t kLittle = size_t{2} << 20;  // bytes that short prompts may have anyway
+  size_t elements = 0;
+  for (const SequenceLengths& lengths : problem.lengths) {
+    elements += lengths.s_q * problem.h_q * problem.d_qk +
+                lengths.s_kv * problem.h_kv * (problem.d_qk + problem.d_v);
+  }
+  const size_t room = std::max(elements * element_size(problem.dtype) / 20, kLittle);
+  const int64_t groups = problem.first_row.back() / problem.group();
+  const auto fits = [&](int tasks) {
+    Arena arena;
+    take_scratch(problem, ops, static_cast<int>(ceil_div(problem.group(), tasks)), means, arena);
+    return tasks * groups >= kTasksAWorker * workers && arena.bytes() * workers <= room;
+  };
+  int tasks = static_cast<int>(ceil_div(problem.group(), kMaxSharedHeads));
+  while (tasks < problem.group() && !fits(tasks)) ++tasks;
+  return tasks;
 }
 
 // Means of the whole key blocks of every sequence and K/V head, in the element type.
@@ -467,7 +480,8 @@ class Task {
 void attend_cpu(const Problem& problem, const BlockRows& rows, const Execution& execution,
                 Arena& arena) {
   const TileOps& ops = tile_ops(execution.cpu_target, problem.dtype);
-  const int group_tasks = tasks_a_group(problem, worker_count(execution));
+  const int group_tasks =
+      tasks_a_group(problem, ops, worker_count(execution), rows.mean_correction);
   const int most_heads = static_cast<int>(ceil_div(problem.group(), group_tasks));
   const int64_t n_tasks = problem.first_row.back() / problem.group() * group_tasks;
   const auto workers = static_cast<int>(std::min<int64_t>(worker_count(execution), n_tasks));
