@@ -131,12 +131,14 @@ __device__ __forceinline__ void raise_max(float scale, const float (&scores)[64]
 // which point to its first row in the first block. Exponentials are relative to the greatest score
 // of the first tile, until that is far too little: another maximum is mostly not needed.
 template <int kBlocks>
-__device__ __forceinline__ void add_asks(float scale, const float (&scores)[64], int32_t blocks,
-                                         float* masses, RowSum (&rows)[2]) {
+__device__ __forceinline__ void add_asks(bool first, float scale, const float (&scores)[64],
+                                         int32_t blocks, float* masses, RowSum (&rows)[2]) {
   constexpr int kGroups = 16 / kBlocks;
-  // At most twice: what is not a number is never little enough.
+  // At most once more after a maximum: what is not a number is never little enough.
+  bool raised = first;
 #pragma unroll 1
-  for (int tries = 0; tries < 2; ++tries) {
+  while (true) {
+    if (raised) raise_max(scale, scores, rows);
     float sums[2] = {rows[0].sum, rows[1].sum};
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
@@ -157,12 +159,12 @@ __device__ __forceinline__ void add_asks(float scale, const float (&scores)[64],
       }
     }
     const bool good = sums[0] < kMostSum && sums[1] < kMostSum;
-    if (tries == 1 || __all_sync(kWholeWarp, good ? 1 : 0) != 0) {
+    if (raised || __all_sync(kWholeWarp, good ? 1 : 0) != 0) {
       rows[0].sum = sums[0];
       rows[1].sum = sums[1];
       return;
     }
-    raise_max(scale, scores, rows);
+    raised = true;
   }
 }
 
@@ -202,11 +204,11 @@ __device__ void compute_asks(const CoverSm90Params& params, const CoverAsksTask<
     const float scale = scale_scores(select.scale_log2, scores);
     if (key + 128 > first_masked) mask_asks(me, asking, position, key, scores);
     if (tile_blocks == 1) {
-      add_asks<1>(scale, scores, blocks, masses, rows);
+      add_asks<1>(tile == 0, scale, scores, blocks, masses, rows);
     } else if (tile_blocks == 2) {
-      add_asks<2>(scale, scores, blocks, masses, rows);
+      add_asks<2>(tile == 0, scale, scores, blocks, masses, rows);
     } else {
-      add_asks<4>(scale, scores, blocks, masses, rows);
+      add_asks<4>(tile == 0, scale, scores, blocks, masses, rows);
     }
     masses += tile_blocks * 128;
     blocks -= tile_blocks;

@@ -65,26 +65,29 @@ __device__ __forceinline__ void mask_means(const MeansMapTask& task, const MapTh
 }
 
 // Pass 1: the thread's part of its two rows, relative to what it was before if that will do.
-__device__ __forceinline__ void add_means(float scale, const CoverScores& scores,
+// `first`: nothing was before.
+__device__ __forceinline__ void add_means(bool first, float scale, const CoverScores& scores,
                                           RowSum (&rows)[2]) {
-  float sums[2];
+  if (!first) {
+    float sums[2];
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float parts[2] = {rows[r].sum, 0};
+    for (int r = 0; r < 2; ++r) {
+      float parts[2] = {rows[r].sum, 0};
 #pragma unroll
-    for (int g = 0; g < 16; ++g) {
+      for (int g = 0; g < 16; ++g) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        parts[e] += exp2_approx(fmaf(scores[4 * g + 2 * r + e], scale, -rows[r].max));
+        for (int e = 0; e < 2; ++e) {
+          parts[e] += exp2_approx(fmaf(scores[4 * g + 2 * r + e], scale, -rows[r].max));
+        }
       }
+      sums[r] = parts[0] + parts[1];
     }
-    sums[r] = parts[0] + parts[1];
-  }
-  const bool good = sums[0] < kMostSum && sums[1] < kMostSum;
-  if (__all_sync(kWholeWarp, good ? 1 : 0) != 0) {
-    rows[0].sum = sums[0];
-    rows[1].sum = sums[1];
-    return;
+    const bool good = sums[0] < kMostSum && sums[1] < kMostSum;
+    if (__all_sync(kWholeWarp, good ? 1 : 0) != 0) {
+      rows[0].sum = sums[0];
+      rows[1].sum = sums[1];
+      return;
+    }
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -302,7 +305,9 @@ __device__ __forceinline__ bool compute_map(const CoverSm90Params& params, uint3
     }
   };
   RowSum rows[2];
-  pass(0, [&](const MapThread&, int32_t, float scale) { add_means(scale, scores, rows); });
+  pass(0, [&](const MapThread&, int32_t column, float scale) {
+    add_means(column == 0, scale, scores, rows);
+  });
   // Pass 1 needs the means alone, which were there before the columns' kernel let this one start.
   await_previous_kernel();
   start_next_kernel();
