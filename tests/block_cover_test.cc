@@ -262,7 +262,8 @@ std::vector<Case> cover_cases() {
                    .layout = Layout::kPaged,
                    .fill = Fill::kStructured,
                    .seed = 97});
-  // Sums relative to the greatest score of earlier keys overflow in most tiles, also of means.
+  // Sums relative to the greatest score of earlier keys overflow in most tiles, also of means. The
+  // greatest lie before the neighbours, which are always kept; the first rows do not ask.
   for (const DType dtype : {DType::kFloat32, DType::kFloat16}) {
     cases.push_back({.name = dtype == DType::kFloat32 ? "rising_scores" : "rising_scores_f16",
                      .lengths = {{700, 4901}},

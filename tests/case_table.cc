@@ -247,7 +247,7 @@ void CaseData::fill() {
     if (c.fill == Fill::kEqual) return col % 2 ? 0.5f : -0.25f;
     if (c.fill == Fill::kRising) {
       if (col != 0) return 0.0f;
-      return query ? 64.0f : 0.5f * static_cast<float>(position / 64);
+      return query ? 64.0f : position < 4096 ? 0.5f * static_cast<float>(position / 64) : 0.0f;
     }
     if (c.fill != Fill::kStructured) return noise * gain;
     const bool heavy = position < 4 || position % 301 == 7;

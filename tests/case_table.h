@@ -21,7 +21,7 @@ enum class Fill {
   kHuge,        // logits of several hundred
   kEqual,       // all queries and all keys the same: flat scores
   kZeroMass,    // logits so far apart that probabilities underflow to exact zeros
-  kRising,      // each 64 keys several powers of e above those before, the same in every type
+  kRising,      // up to key 4096 each 64 keys several powers of e above those before, 0 from there
 };
 
 struct Case {
