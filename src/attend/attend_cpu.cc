@@ -43,6 +43,7 @@ struct Scratch {
   float* o;
   float* max;
   float* sum;
+  int64_t n_kv;  // key blocks at most: the room of a head's blocks, and of those it has dropped
   int32_t* blocks;
   int32_t* dropped;
   float* mean;
@@ -52,16 +53,11 @@ int panels_of(int64_t n_queries, const TileOps& ops) {
   return static_cast<int>(ceil_div(n_queries, ops.panel));
 }
 
-int64_t most_key_blocks(const Problem& problem) {
-  int64_t n_kv = 0;
-  for (const BlockGrid& grid : problem.grids) n_kv = std::max(n_kv, grid.n_kv);
-  return n_kv;
-}
-
 Scratch take_scratch(const Problem& problem, const TileOps& ops, int heads, bool means,
                      Arena& arena) {
   const int panels = heads * panels_of(problem.block_size, ops);
-  const int64_t n_kv = most_key_blocks(problem);
+  int64_t n_kv = 0;
+  for (const BlockGrid& grid : problem.grids) n_kv = std::max(n_kv, grid.n_kv);
   return {.packed_q = arena.take<std::byte>(panels * ops.packed_q_bytes(problem.d_qk)),
           .keys = arena.take<std::byte>(ops.key_bytes(problem.d_qk)),
           .values = arena.take<std::byte>(ops.value_bytes(problem.d_v)),
@@ -69,6 +65,7 @@ Scratch take_scratch(const Problem& problem, const TileOps& ops, int heads, bool
           .o = arena.take<float>(panels * TileOps::output_rows(problem.d_v) * ops.panel),
           .max = arena.take<float>(panels * ops.panel),
           .sum = arena.take<float>(panels * ops.panel),
+          .n_kv = n_kv,
           .blocks = arena.take<int32_t>(heads * n_kv),
           .dropped = arena.take<int32_t>(means ? heads * n_kv : 0),
           .mean = arena.take<float>(means ? std::max(problem.d_qk, problem.d_v) : 0)};
@@ -186,14 +183,13 @@ class Task {
     n_queries_ = static_cast<int>(std::min((block + 1) * problem.block_size, s_kv_) - first_);
     first_row_ = first_ - offset;
     panels_ = panels_of(n_queries_, ops);
-    const int64_t n_kv = most_key_blocks(problem);
     for (int h = 0; h < heads; ++h) {
       Head& head = heads_[h];
       head.number = problem.q_head(kv, first_head + h);
-      head.blocks = scratch.blocks + h * n_kv;
+      head.blocks = scratch.blocks + h * scratch.n_kv;
       head.n_blocks = rows.decode(problem, sequence, head.number, q_row, head.blocks);
       if (means == nullptr) continue;
-      head.dropped = scratch.dropped + h * n_kv;
+      head.dropped = scratch.dropped + h * scratch.n_kv;
       head.n_dropped = dropped_blocks(head.blocks, head.n_blocks, block, head.dropped);
     }
     if (means != nullptr) {
