@@ -476,11 +476,11 @@ class Task {
 void attend_cpu(const Problem& problem, const BlockRows& rows, const Execution& execution,
                 Arena& arena) {
   const TileOps& ops = tile_ops(execution.cpu_target, problem.dtype);
-  const int group_tasks =
-      tasks_a_group(problem, ops, worker_count(execution), rows.mean_correction);
+  const int most_workers = worker_count(execution);
+  const int group_tasks = tasks_a_group(problem, ops, most_workers, rows.mean_correction);
   const int most_heads = static_cast<int>(ceil_div(problem.group(), group_tasks));
   const int64_t n_tasks = problem.first_row.back() / problem.group() * group_tasks;
-  const auto workers = static_cast<int>(std::min<int64_t>(worker_count(execution), n_tasks));
+  const auto workers = static_cast<int>(std::min<int64_t>(most_workers, n_tasks));
   std::vector<Scratch> scratch;
   for (int w = 0; w < workers; ++w) {
     scratch.push_back(take_scratch(problem, ops, most_heads, rows.mean_correction, arena));

@@ -61,7 +61,7 @@ struct TileOps {
   void (*attend)(const void* packed_q, const void* keys, const void* values, int n, int last_seen,
                  int d, int d_v, float scale, float* s, float* max, float* sum, float* o);
   // out[lane][c] = o[c * panel + lane] / sum[lane] in the element type, n rows `stride` bytes
-  // apart.
+  // apart. A table of a 16-bit type may multiply by the rounded reciprocal.
   void (*store)(const float* o, const float* sum, int n, int d_v, std::byte* out, int64_t stride);
 
   static constexpr int output_rows(int d_v) { return (d_v + 31) / 32 * 32; }
