@@ -198,7 +198,7 @@ ChoiceResult choose_on_device(const ChoiceInput& input) {
   select.choices = arrays.take<HeadChoice>(1);
   select.parts = arrays.take<CoverPart>(2 * plan.slices);
   select.vertical_bits = arrays.take<uint64_t>(words);
-  select.slash_bits = arrays.take<uint64_t>(2 * words);
+  select.slash_bits = arrays.take<uint64_t>(words);
   select.map_heads = arrays.take<int32_t>(1);
   select.map_count = arrays.put(std::vector<int32_t>{0});
   select.map_states = arrays.take<MapState>(1);
@@ -207,6 +207,9 @@ ChoiceResult choose_on_device(const ChoiceInput& input) {
   select.maps = arrays.take<float>(select.map_room);
   select.bits = arrays.take<uint64_t>(grid.n_q * words);
 
+  if (select.by_blocks) {
+    launch(patterns_kernel, dim3(1), dim3(kChooseThreads), sizeof(ChooseShared), nullptr, select);
+  }
   if (plan.slices > 1) {
     launch(slices_kernel, dim3(static_cast<uint32_t>(2 * plan.slices)), dim3(kChooseThreads),
            sizeof(ChooseShared), nullptr, select, plan.slices);
@@ -225,7 +228,7 @@ ChoiceResult choose_on_device(const ChoiceInput& input) {
   const auto strips = narrow((grid.n_q + kMapRows - 1) / kMapRows);
   const bool small = grid.n_kv <= input.small_map;
   launch(map_rows_kernel<__nv_bfloat16>, dim3(3), dim3(kMapThreads), sizeof(MapShared), nullptr,
-         select, 0, strips, small);
+         select, 0, strips, small, false);
   if (!small) {
     const auto pieces = narrow((select.map_room + kMapPiece - 1) / kMapPiece);
     for (const int32_t level : {1, 2}) {

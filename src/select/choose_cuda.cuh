@@ -1,13 +1,13 @@
 // The decisions of select on the device, as pattern.h makes them: bit-equal given equal scores;
 // only the sum of jsd_sqrt is in another order.
 //
-//   slices   a CTA takes a slice of a head's scores, of keys or of distances: it finishes
-//            them (slash scores across chunks), adds up blocks, and makes level 0 of the cover
-//   choose   a CTA takes a head's keys or distances: the cover, the distance and the
-//   pattern
-//            (keys), and the best blocks
-// Where no sequence has more than one slice, `choose` does all of it. Which pattern the head has is
-// not known where distances are chosen, so these are chosen for both.
+//   patterns  a CTA takes a head's keys: sums of blocks, the distance and the pattern
+//   slices    a CTA takes a slice of a head's scores, of keys or of distances: it finishes
+//             them (slash scores across chunks), adds up blocks, and makes level 0 of the cover
+//   choose    a CTA takes a head's keys or distances: the cover and the best blocks
+// Only FlexPrefill has patterns to decide. Where no sequence has more than one slice, `choose` does
+// what slices would. The pattern comes first, since the maps of query-aware heads wait for nothing
+// else.
 #ifndef FLEXPREFILL_SRC_SELECT_CHOOSE_CUDA_CUH_
 #define FLEXPREFILL_SRC_SELECT_CHOOSE_CUDA_CUH_
 
@@ -159,6 +159,11 @@ __device__ inline void sum_slice_blocks(const HeadScores& scores, int32_t first,
   if (block_size == 128) return sum_blocks_of<4>(scores, first, held);
   if (block_size == 64) return sum_blocks_of<2>(scores, first, held);
   sum_blocks_of<1>(scores, first, held);
+}
+
+// Whether patterns_kernel adds up these blocks, and not who goes through the slices.
+__device__ inline bool summed_for_pattern(const SelectProblem& select, const HeadScores& scores) {
+  return select.by_blocks && !scores.of_slash;
 }
 
 // Level 0 of the slice, in shared.buckets.
@@ -323,34 +328,9 @@ __device__ inline int64_t fewest_blocks(const SelectProblem& select, const HeadS
   return scores.of_slash ? plan.slash_low : plan.vertical_low;
 }
 
-// Steps 4 and 5 of the head, by its keys: how far the two estimates lie apart, and the pattern.
-__device__ inline HeadChoice choose_pattern(const SelectProblem& select, const HeadScores& scores,
-                                            ChooseShared& shared) {
-  const SelectSequence& plan = select.sequences[scores.head.sequence];
-  HeadChoice choice{};
-  choice.pattern = HeadPattern::kVerticalSlash;
-  if (!select.by_blocks) return choice;
-  float* pooled =
-      select.pooled + plan.first_block + static_cast<int64_t>(scores.head.head) * scores.n;
-  if (!pooled_softmax(scores, select.problem.block_size, pooled, shared)) return {};
-  choice.jsd_sqrt = jsd_sqrt_cta<kChooseThreads>(pooled, scores.blocks, scores.n, shared.sums);
-  if (choice.jsd_sqrt < select.tau) choice.pattern = HeadPattern::kQueryAware;
-  return choice;
-}
-
-// Makes a place for a query-aware head's map and lists it.
-__device__ inline void list_map(const SelectProblem& select, const HeadView& head) {
-  MapSums& sums = select.map_sums[head.number];
-  for (int i = static_cast<int>(threadIdx.x); i < MapSums::kBuckets; i += kChooseThreads) {
-    sums.weight[i] = sums.count[i] = 0;
-  }
-  if (threadIdx.x != 0) return;
-  select.map_states[head.number] = MapState{};
-  select.map_heads[atomicAdd(select.map_count, 1)] = head.number;
-}
-
-// All decisions of a head's keys or distances, once its block scores and level 0 are there. One
-// code for both: it runs once, and a CTA waits longer for code than for anything in it.
+// All decisions of a head's keys or distances but its pattern, once its block scores and level 0
+// are there. One code for both: it runs once, and a CTA waits longer for code than for anything in
+// it.
 template <typename Entries>
 __device__ void decide(const SelectProblem& select, const HeadScores& scores,
                        const Entries& entries, ChooseShared& shared) {
@@ -358,36 +338,18 @@ __device__ void decide(const SelectProblem& select, const HeadScores& scores,
   const SelectSequence& plan = select.sequences[head.sequence];
   const int32_t words = select.problem.sequences[head.sequence].words_per_row;
   const int64_t word = plan.first_word + static_cast<int64_t>(head.head) * words;
+  HeadChoice& to = select.choices[head.number];
+  const bool query_aware = select.by_blocks && to.pattern == HeadPattern::kQueryAware;
   const int64_t fewest = fewest_blocks(select, scores);
   int64_t count = fewest;
-  if (select.by_blocks) {
+  if (select.by_blocks && !query_aware) {
     const int32_t most = scores.of_slash ? plan.slash_high : plan.vertical_high;
     count = cover_blocks_cta(select, scores, fewest, most, entries, shared);
   }
-  HeadChoice& to = select.choices[head.number];
-  int32_t rounds = 1;
-  if (scores.of_slash) {
-    if (threadIdx.x == 0) to.slash_blocks = count;
-    if (select.map_heads != nullptr) rounds = 2;  // if the head is query-aware, the fewest
-  } else {
-    const HeadChoice choice = choose_pattern(select, scores, shared);
-    if (choice.pattern == HeadPattern::kQueryAware) {
-      count = fewest;
-      list_map(select, head);
-    }
-    if (threadIdx.x == 0) {
-      to.pattern = choice.pattern;
-      to.jsd_sqrt = choice.jsd_sqrt;
-      to.vertical_blocks = count;
-    }
-    if (choice.pattern == HeadPattern::kDense) return;
-  }
-  uint64_t* bits = scores.of_slash ? select.slash_bits + 2 * word : select.vertical_bits + word;
+  if (threadIdx.x == 0) (scores.of_slash ? to.slash_blocks : to.vertical_blocks) = count;
   stage_blocks(scores, shared);
-#pragma unroll 1
-  for (int32_t round = 0; round < rounds; ++round) {
-    choose_blocks(scores, round == 0 ? count : fewest, bits + round * words, shared);
-  }
+  choose_blocks(scores, count, (scores.of_slash ? select.slash_bits : select.vertical_bits) + word,
+                shared);
 }
 
 // ---- Kernels
@@ -399,22 +361,58 @@ __device__ inline bool is_chosen(const SelectProblem& select, const HeadView& he
          select.kind_of(head.head) == HeadRule::Kind::kProbe;
 }
 
-// CTAs: head, keys or distances, slice. Of calls with more than one slice somewhere.
-static __global__ void __launch_bounds__(kChooseThreads, 2)
-    slices_kernel(const SelectProblem select, int32_t max_slices) {
+// CTAs: heads. Steps 4 and 5 of FlexPrefill: how far the two estimates lie apart, and the pattern.
+// Lists the query-aware heads and clears what their maps add to.
+static __global__ void __launch_bounds__(kChooseThreads, 1)
+    patterns_kernel(const SelectProblem select) {
   await_previous_kernel();
   start_next_kernel();
-  auto x = static_cast<int32_t>(blockIdx.x);
-  const int32_t slice = x % max_slices;
-  x /= max_slices;
-  const HeadScores scores(select, x / 2, x % 2 != 0);
+  const HeadScores scores(select, static_cast<int32_t>(blockIdx.x), false);
+  const HeadView& head = scores.head;
+  if (!is_chosen(select, head)) return;
+  const SelectSequence& plan = select.sequences[head.sequence];
+  auto& shared = *reinterpret_cast<ChooseShared*>(shared_memory());
+  HeadChoice choice{};  // dense
+  if (select.dead[head.number] == 0) {
+#pragma unroll 1
+    for (int32_t first = 0; first < scores.s_kv; first += kSliceEntries) {
+      HeldEntries held;
+      load_slice(select, scores, first, held);
+      sum_slice_blocks(scores, first, select.problem.block_size, held);
+    }
+    __syncthreads();  // block sums
+    float* pooled = select.pooled + plan.first_block + static_cast<int64_t>(head.head) * scores.n;
+    if (pooled_softmax(scores, select.problem.block_size, pooled, shared)) {
+      choice.jsd_sqrt = jsd_sqrt_cta<kChooseThreads>(pooled, scores.blocks, scores.n, shared.sums);
+      choice.pattern =
+          choice.jsd_sqrt < select.tau ? HeadPattern::kQueryAware : HeadPattern::kVerticalSlash;
+    }
+  }
+  if (choice.pattern == HeadPattern::kQueryAware) {
+    MapSums& sums = select.map_sums[head.number];
+    for (int i = static_cast<int>(threadIdx.x); i < MapSums::kBuckets; i += kChooseThreads) {
+      sums.weight[i] = sums.count[i] = 0;
+    }
+  }
+  if (threadIdx.x != 0) return;
+  select.choices[head.number] = choice;
+  if (choice.pattern != HeadPattern::kQueryAware) return;
+  select.map_states[head.number] = MapState{};
+  select.map_heads[atomicAdd(select.map_count, 1)] = head.number;
+}
+
+// One slice of a head's keys or distances.
+__device__ inline void finish_slice(const SelectProblem& select, const HeadScores& scores,
+                                    int32_t slice) {
   if (slice >= select.sequences[scores.head.sequence].slices) return;
   if (!is_chosen(select, scores.head) || select.dead[scores.head.number] != 0) return;
   auto& shared = *reinterpret_cast<ChooseShared*>(shared_memory());
   const int32_t first = slice * kSliceEntries;
   HeldEntries held;
   load_slice(select, scores, first, held);
-  sum_slice_blocks(scores, first, select.problem.block_size, held);
+  if (!summed_for_pattern(select, scores)) {
+    sum_slice_blocks(scores, first, select.problem.block_size, held);
+  }
   if (!select.by_blocks) return;
   sum_slice_masses(held, shared.take);
   CoverPart& part = scores.parts(select)[slice];
@@ -422,6 +420,19 @@ static __global__ void __launch_bounds__(kChooseThreads, 2)
     part.weight[i] = sum.weight;
     part.count[i] = static_cast<uint32_t>(sum.count);
   });
+}
+
+// CTAs: head, keys or distances, slice. Of calls with more than one slice somewhere. Beside
+// patterns_kernel, if that was launched.
+static __global__ void __launch_bounds__(kChooseThreads, 2)
+    slices_kernel(const SelectProblem select, int32_t max_slices) {
+  const bool beside = select.by_blocks;
+  if (!beside) await_previous_kernel();
+  start_next_kernel();
+  const auto x = static_cast<int32_t>(blockIdx.x);
+  const HeadScores scores(select, x / max_slices / 2, x / max_slices % 2 != 0);
+  finish_slice(select, scores, x % max_slices);
+  if (beside) await_kernel_beside();
 }
 
 // CTAs: head, keys or distances. kSliced: after slices_kernel.
@@ -432,12 +443,13 @@ __global__ void __launch_bounds__(kChooseThreads, 1) choose_kernel(const SelectP
   const auto x = static_cast<int32_t>(blockIdx.x);
   const HeadScores scores(select, x / 2, x % 2 != 0);
   if (!is_chosen(select, scores.head)) return;
-  if (select.dead[scores.head.number] != 0) {
-    if (!scores.of_slash && threadIdx.x == 0) {
-      select.choices[scores.head.number].pattern = HeadPattern::kDense;
-    }
-    return;
+  const bool dead = select.dead[scores.head.number] != 0;
+  if (!select.by_blocks && !scores.of_slash && threadIdx.x == 0) {
+    HeadChoice& choice = select.choices[scores.head.number];
+    choice.pattern = dead ? HeadPattern::kDense : HeadPattern::kVerticalSlash;
+    choice.jsd_sqrt = 0;
   }
+  if (dead) return;
   auto& shared = *reinterpret_cast<ChooseShared*>(shared_memory());
   if constexpr (kSliced) {
     if (select.by_blocks) gather_slices(select, scores, shared.take);
@@ -445,7 +457,9 @@ __global__ void __launch_bounds__(kChooseThreads, 1) choose_kernel(const SelectP
   } else {
     HeldEntries held;
     load_slice(select, scores, 0, held);
-    sum_slice_blocks(scores, 0, select.problem.block_size, held);
+    if (!summed_for_pattern(select, scores)) {
+      sum_slice_blocks(scores, 0, select.problem.block_size, held);
+    }
     if (select.by_blocks) sum_slice_masses(held, shared.take);
     __syncthreads();  // block sums
     decide(select, scores, held, shared);

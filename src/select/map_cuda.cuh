@@ -5,9 +5,10 @@
 //               CTA of a head descends, and where maps are small to the end
 //   map_level   levels 1 and 2 of large maps                               items: 16384 entries
 //   map_keep    the kept blocks as bits of the index, where maps take turns
-// "Last" is who takes the last ticket: nobody waits. Maps take the place of the scores, which are
-// not read any more, as many at a time as there is room for (MapPlace); where there is room for
-// all, `rows` (rows_cuda.cuh) reads what they keep.
+// "Last" is who takes the last ticket: nobody waits. Small maps have a place of their own and are
+// made beside choose. Large ones take the place of the scores, which are not read any more, as many
+// at a time as there is room for (MapPlace). Where there is room for all, `rows` (rows_cuda.cuh)
+// reads what they keep.
 #ifndef FLEXPREFILL_SRC_SELECT_MAP_CUDA_CUH_
 #define FLEXPREFILL_SRC_SELECT_MAP_CUDA_CUH_
 
@@ -425,10 +426,12 @@ __device__ inline void finish_map_level0(const SelectProblem& select, const Head
 //
 // Each for the maps of one turn.
 
+// `beside`: beside choose_kernel, where maps have a place of their own.
 template <typename Element>
 __global__ void __launch_bounds__(kMapThreads, 1)
-    map_rows_kernel(const SelectProblem select, int32_t turn, int32_t max_strips, bool small) {
-  await_previous_kernel();
+    map_rows_kernel(const SelectProblem select, int32_t turn, int32_t max_strips, bool small,
+                    bool beside) {
+  if (!beside) await_previous_kernel();
   start_next_kernel();
   auto& shared = *reinterpret_cast<MapShared*>(shared_memory());
   const int64_t heads = *select.map_count;
@@ -444,6 +447,7 @@ __global__ void __launch_bounds__(kMapThreads, 1)
       finish_map_level0(select, map, small, shared);
     }
   }
+  if (beside) await_kernel_beside();
 }
 
 // Whether a listed head of this turn is still to be worked on.

@@ -79,7 +79,7 @@ static __global__ void __launch_bounds__(kRowsThreads)
   const int64_t global_window = rule == nullptr ? select.global_window : rule->vertical;
   const int64_t local_window = rule == nullptr ? select.local_window : rule->slash;
   const int64_t choice = plan.first_word + static_cast<int64_t>(head.head) * words;
-  const uint64_t* slash_bits = select.slash_bits + 2 * choice + (query_aware ? words : 0);
+  const uint64_t* slash_bits = select.slash_bits + choice;
   uint64_t* to = select.bits + sequence.first_word +
                  (static_cast<int64_t>(head.head) * sequence.n_q + first) * words;
   if (query_aware && select.maps_in_rows) {
@@ -122,8 +122,7 @@ static __global__ void __launch_bounds__(kAuditThreads) audit_kernel(const Selec
   const DeviceSequence& sequence = problem.sequences[head.sequence];
   const SelectSequence& plan = select.sequences[head.sequence];
   const auto thread = static_cast<int32_t>(threadIdx.x);
-  HeadChoice choice = choice_of(select, head);
-  if (choice.pattern == HeadPattern::kQueryAware) choice.slash_blocks = plan.slash_low;
+  const HeadChoice choice = choice_of(select, head);
   if (choice.pattern == HeadPattern::kDense) {
     if (thread == 0) select.audit[head.number] = HeadAudit{};
     return;

@@ -5,9 +5,10 @@
 //   probe_stats      pass 1 of the probe, means of the key blocks              probe_cuda.cuh
 //   probe_scores     pass 2: vertical and slash scores
 //   pool             the probe's logits by block means
-//   slices           of long sequences: scores by slices                       choose_cuda.cuh
+//   patterns         of heads                                                  choose_cuda.cuh
+//   slices           of long sequences: scores by slices
 //   choose           covers and choices, head by head
-//   map_rows         maps of query-aware heads                                 map_cuda.cuh
+//   map_rows         maps of query-aware heads, beside choose if small         map_cuda.cuh
 //   map_level x 2    of large maps
 //   map_keep         of maps that take turns
 //   select_by_blocks heads that score blocks one by one                 select_blocks_cuda.cu
@@ -22,9 +23,10 @@
 //
 // Workspace for n = s_kv / B key blocks, per query head: 8 bytes a key (vertical and slash scores),
 // 28 n bytes of block scores, 1.5 KB a chunk of keys (at most 128 chunks), 8 KB a slice of 8192
-// keys where there are several; per K/V head 4 n d bytes of block means. Maps take the place of the
-// scores, as many as fit at a time but one at least. No P x s_kv: with 32 / 8 heads of 128 at 128k
-// tokens 45 MB and 4 MB of bits, 3.1 % of q, k and v.
+// keys where there are several; per K/V head 4 n d bytes of block means. Maps have 2 n^2 bytes a
+// head of their own, or where that is more than 10 bytes a key take the place of the scores, as
+// many as fit at a time but one at least. No P x s_kv: with 32 / 8 heads of 128 at 128k tokens
+// 45 MB and 4 MB of bits, 3.1 % of q, k and v; at 64k, with maps beside, some 5 %.
 #include <algorithm>
 #include <numbers>
 #include <numeric>
@@ -125,6 +127,7 @@ struct Plan {
       max_n_q = std::max(max_n_q, grid.n_q);
       max_n_kv = std::max(max_n_kv, grid.n_kv);
       max_map = std::max(max_map, causal_blocks(grid));
+      maps += problem.h_q * causal_blocks(grid);
       max_slices = std::max<int64_t>(max_slices, entry.slices);
       keys += problem.h_q * lengths.s_kv;
       blocks += problem.h_q * grid.n_kv;
@@ -155,7 +158,9 @@ struct Plan {
   bool chooses = false;     // and chosen by it
   int64_t chunk = 0, max_chunks = 0, max_slices = 0, max_n_q = 0, max_n_kv = 0, max_map = 0;
   int64_t keys = 0, blocks = 0, kv_blocks = 0, chunks = 0, words = 0, parts = 0;  // of all heads
-  int32_t turns = 0;                                                              // of maps
+  int64_t maps = 0;          // entries of all heads' maps
+  int32_t turns = 0;         // of maps
+  bool maps_beside = false;  // the scores
 };
 
 // All arrays of a call, laid out alike by the size query and by the call.
@@ -186,7 +191,7 @@ SelectProblem lay_out(const DeviceProblem& device, const Problem& problem, const
   select.slash_block = arena.take<float>(plan.blocks);
   select.choices = arena.take<HeadChoice>(heads);
   select.vertical_bits = arena.take<uint64_t>(plan.words);
-  select.slash_bits = arena.take<uint64_t>(2 * plan.words);
+  select.slash_bits = arena.take<uint64_t>(plan.words);
   const auto* flex = std::get_if<FlexPrefill>(&pattern);
   // No distance lies below 0.
   const bool maps = flex != nullptr && flex->tau > 0;
@@ -203,16 +208,21 @@ SelectProblem lay_out(const DeviceProblem& device, const Problem& problem, const
     select.map_count = arena.take<int32_t>(1);
     select.map_states = arena.take<MapState>(heads);
     select.map_sums = arena.take<MapSums>(heads);
-    select.map_room = std::max(2 * plan.keys, plan.max_map);
+    // Small maps, of up to 10 bytes a key, have a place of their own: they are made while blocks
+    // are chosen.
+    plan.maps_beside = 2 * plan.maps <= 5 * plan.keys;
+    select.map_room = plan.maps_beside ? plan.maps : std::max(2 * plan.keys, plan.max_map);
     plan.place_maps(problem, select.map_room);
     select.maps_in_rows = plan.turns == 1;
+    if (plan.maps_beside) select.maps = arena.take<float>(plan.maps);
   }
-  // The scores, and in their place the maps.
-  auto* scores = arena.take<float>(std::max(2 * plan.keys, select.map_room));
+  // The scores, and in their place large maps.
+  const bool shared = maps && !plan.maps_beside;
+  auto* scores = arena.take<float>(std::max(2 * plan.keys, shared ? select.map_room : 0));
   if (arena.counting()) return select;
   select.vertical = scores;
   select.slash = scores + plan.keys;
-  select.maps = scores;
+  if (shared) select.maps = scores;
   return select;
 }
 
@@ -268,6 +278,10 @@ struct Launches {
   }
 
   void choose() const {
+    if (select.by_blocks) {
+      launch_overlapped(patterns_kernel, dim3(grid_of(heads())), dim3(kChooseThreads),
+                        sizeof(ChooseShared), stream, select);
+    }
     const dim3 arrays(grid_of(2 * heads()));
     if (plan.max_slices > 1) {
       launch_overlapped(slices_kernel, dim3(grid_of(2 * heads() * plan.max_slices)),
@@ -290,7 +304,7 @@ struct Launches {
     const bool small = plan.max_n_kv <= kSmallMap;
     for (int32_t turn = 0; turn < plan.turns; ++turn) {
       launch_overlapped(map_rows_kernel<Element>, map_grid(strips), dim3(kMapThreads),
-                        sizeof(MapShared), stream, select, turn, strips, small);
+                        sizeof(MapShared), stream, select, turn, strips, small, plan.maps_beside);
       for (int32_t level = 1; level < Histogram::kLevels && !small; ++level) {
         launch_overlapped(map_level_kernel, map_grid(pieces), dim3(kMapThreads), sizeof(MapShared),
                           stream, select, turn, level, pieces);

@@ -107,9 +107,8 @@ struct SelectProblem {
   float* k_means;       // [K/V heads, n_kv, d]
   CoverPart* parts;     // [heads, keys or distances, slices]; nullptr: one slice everywhere
   uint32_t* tickets;    // [heads, 2]: of BlockCover; CTAs that are done
-  HeadChoice* choices;  // [heads]; slash_blocks: unless the head is query-aware
-  uint64_t* vertical_bits;  // [heads, words]
-  uint64_t* slash_bits;     // [heads, 2, words]: unless the head is query-aware, and if it is
+  HeadChoice* choices;  // [heads]
+  uint64_t *vertical_bits, *slash_bits;  // [heads, words]
 
   // Query-aware heads.
   int32_t* map_heads;    // [heads]: their numbers, in no order
