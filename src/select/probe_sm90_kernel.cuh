@@ -5,8 +5,9 @@
 //   pass 2   S [64 keys, 128 probe rows] = K Q^T: a thread has two keys, so that vertical scores
 //            are sums within a quad
 //
-// Both go through units of one product of 64 by 128: the next unit's is under way while a unit's
-// scores are worked on, and so are the other stream's.
+// Both go through units of one product of 64 by 128. In pass 1 four warpgroups hide each other's
+// waits; in pass 2, which has no registers for four, the next unit's product is under way while a
+// unit's scores are worked on, and so are the other stream's.
 #ifndef FLEXPREFILL_SRC_SELECT_PROBE_SM90_KERNEL_CUH_
 #define FLEXPREFILL_SRC_SELECT_PROBE_SM90_KERNEL_CUH_
 
@@ -20,11 +21,11 @@ namespace flexprefill {
 
 constexpr uint32_t kProbeRows8 = 8 * sm90::kChunkRowBytes;  // bytes of 8 rows of a chunk
 
-// One warpgroup on its stream of keys, unit after unit in the order tile, head, half. kOverlapped:
-// a unit's scores are worked on while the next one's product runs. Derived has
-//   descriptors(tile's stage, head, half, a, b)
-//   unit(head, half, scores, first key), with head and half known when compiled
-template <typename Shape, int kStages, bool kOverlapped, typename Derived>
+// One warpgroup on its stream of keys, tile after tile, kUnits a tile. kOverlapped: a unit's scores
+// are worked on while the next one's product runs. Derived has
+//   descriptors(tile's stage, unit, a, b)
+//   unit(unit, scores, first key), with the unit known when compiled
+template <typename Shape, int kStages, int kUnits, bool kOverlapped, typename Derived>
 class ProbeStream {
  public:
   using Element = typename Shape::Element;
@@ -72,8 +73,6 @@ class ProbeStream {
   const int32_t warp_, lane_;
 
  private:
-  static constexpr int kUnits = 2 * Shape::kHeads;  // of a tile
-
   // No product runs while a tile's last scores are worked on (but the other stream's): where one
   // ran beyond a turn of the loop, ptxas had it waited for before the scores of the turn before.
   __device__ __forceinline__ void run_overlapped() {
@@ -89,10 +88,9 @@ class ProbeStream {
         finish_before<1>(scores[kUnit % 2]);
         unit<kUnit>(scores[kUnit % 2], first_key);
       });
-      // That phase is over; but unless a branch needs the sums, which are never negative, ptxas
-      // moves the exponentials behind the wait for the product that they should overlap.
-      const uint32_t negative = static_cast<Derived*>(this)->is_negative() ? 1 : 0;
-      sm90::barrier_wait(&tiles_.k_full[stage], ring_.parity(place) ^ negative);
+      // That phase is over; but without a branch ptxas moves the exponentials behind the wait for
+      // the product that they should overlap.
+      sm90::barrier_wait(&tiles_.k_full[stage], ring_.parity(place));
       finish_before<0>(scores[1]);
       probe_arrive(&tiles_.k_empty[stage]);
       unit<kUnits - 1>(scores[1], first_key);
@@ -122,7 +120,7 @@ class ProbeStream {
 
   __device__ __forceinline__ void start(float (&scores)[64], uint32_t stage, int number) {
     uint64_t ab[2];
-    static_cast<Derived*>(this)->descriptors(stage, number / 2, number % 2, ab[0], ab[1]);
+    static_cast<Derived*>(this)->descriptors(stage, number, ab[0], ab[1]);
     sm90::wgmma_pin(ab);
     sm90::wgmma_pin(scores);
     sm90::wgmma_fence();
@@ -149,42 +147,52 @@ class ProbeStream {
 #pragma unroll
       for (float& score : scores) score *= scores_scale_;
     }
-    static_cast<Derived*>(this)->unit(kUnit / 2, kUnit % 2, scores, first_key);
+    static_cast<Derived*>(this)->unit(kUnit, scores, first_key);
   }
 };
 
 // ---- Pass 1
 // ------------------------------------------------------------------------------------------
 
-// Halves are those of the probe's rows.
+// A unit is a head; the warpgroup has one half of the rows of every probe.
 template <typename Shape, int kStages>
 class ProbeStats
-    : public ProbeStream<Shape, kStages, Shape::kOverlapsStats, ProbeStats<Shape, kStages>> {
+    : public ProbeStream<Shape, kStages, Shape::kHeads, false, ProbeStats<Shape, kStages>> {
  public:
-  using Base = ProbeStream<Shape, kStages, Shape::kOverlapsStats, ProbeStats<Shape, kStages>>;
-  using Base::Base;
+  using Base = ProbeStream<Shape, kStages, Shape::kHeads, false, ProbeStats<Shape, kStages>>;
+
+  __device__ ProbeStats(const ProbeSm90Params& params, const ProbeSm90Task<Shape>& task,
+                        ProbeTiles<Shape, kStages>& tiles, int stream, int half)
+      : Base(params, task, tiles, stream),
+        half_(half),
+        first_row_(half * 64 + this->warp_ * 16 + this->lane_ / 4) {
+#pragma unroll
+    for (int h = 0; h < Shape::kHeads; ++h) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        max_[h][r] = -FLT_MAX;
+        sum_[h][r] = 0;
+      }
+    }
+  }
 
   __device__ void run() {
     this->run_units();
     store();
   }
 
-  __device__ void descriptors(uint32_t stage, int h, int half, uint64_t& a, uint64_t& b) const {
-    a = sm90::wgmma_descriptor(this->tiles_.q[h] + half * 64 * sm90::kChunkColumns, 16,
+  __device__ void descriptors(uint32_t stage, int h, uint64_t& a, uint64_t& b) const {
+    a = sm90::wgmma_descriptor(this->tiles_.q[h] + half_ * 64 * sm90::kChunkColumns, 16,
                                kProbeRows8);
     b = sm90::wgmma_descriptor(this->tiles_.k[stage], 16, kProbeRows8);
   }
 
-  __device__ bool is_negative() const {
-    return sum_[Shape::kHeads - 1][0][0] + sum_[Shape::kHeads - 1][0][1] < 0;
-  }
-
-  __device__ __forceinline__ void unit(int h, int half, float (&scores)[64], int32_t first_key) {
-    if (this->is_masked(first_key, half * 64)) mask(half, scores, first_key);
+  __device__ __forceinline__ void unit(int h, float (&scores)[64], int32_t first_key) {
+    if (this->is_masked(first_key, half_ * 64)) mask(scores, first_key);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float& max = max_[h][half][r];
-      float& sum = sum_[h][half][r];
+      float& max = max_[h][r];
+      float& sum = sum_[h][r];
       float highest = max;
 #pragma unroll
       for (int g = 0; g < 16; ++g) {
@@ -208,10 +216,10 @@ class ProbeStats
 
  private:
   // Scores of keys that a row does not see become -inf.
-  __device__ __forceinline__ void mask(int half, float (&scores)[64], int32_t first_key) const {
+  __device__ __forceinline__ void mask(float (&scores)[64], int32_t first_key) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int32_t row = row_of(half, r);
+      const int32_t row = first_row_ + 8 * r;
       const int32_t last = row < this->plan_.probe_rows
                                ? this->plan_.probe_position + row - first_key - this->lane_ % 4 * 2
                                : -1;
@@ -225,10 +233,6 @@ class ProbeStats
     }
   }
 
-  __device__ int32_t row_of(int half, int r) const {
-    return half * 64 + this->warp_ * 16 + this->lane_ / 4 + 8 * r;
-  }
-
   // Max (units of log2) and sum of the chunk, four lanes a row.
   __device__ void store() {
     const int32_t chunk = this->task_.first_chunk + this->stream_;
@@ -239,50 +243,38 @@ class ProbeStats
       float2* to = this->select_.chunk_stats +
                    (this->plan_.first_chunk + head * this->plan_.chunks + chunk) * 128;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const float own = max_[h][half][r];
-          float highest = fmaxf(own, __shfl_xor_sync(0xffffffffu, own, 1));
-          highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
-          const bool none = highest == -FLT_MAX;
-          const float shift = none ? 0.0f : -highest * this->scale_log2_;
-          float sum = sum_[h][half][r] * exp2_approx(fmaf(own, this->scale_log2_, shift));
-          sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-          sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-          if (this->lane_ % 4 == 0) to[row_of(half, r)] = {none ? -FLT_MAX : -shift, sum};
-        }
+      for (int r = 0; r < 2; ++r) {
+        const float own = max_[h][r];
+        float highest = fmaxf(own, __shfl_xor_sync(0xffffffffu, own, 1));
+        highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
+        const bool none = highest == -FLT_MAX;
+        const float shift = none ? 0.0f : -highest * this->scale_log2_;
+        float sum = sum_[h][r] * exp2_approx(fmaf(own, this->scale_log2_, shift));
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        if (this->lane_ % 4 == 0) to[first_row_ + 8 * r] = {none ? -FLT_MAX : -shift, sum};
       }
     }
   }
 
-  float max_[Shape::kHeads][2][2], sum_[Shape::kHeads][2][2];
-
- public:
-  __device__ void reset() {
-#pragma unroll
-    for (int h = 0; h < Shape::kHeads; ++h) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        max_[h][e / 2][e % 2] = -FLT_MAX;
-        sum_[h][e / 2][e % 2] = 0;
-      }
-    }
-  }
+  const int half_;
+  const int32_t first_row_;  // and 8 below
+  float max_[Shape::kHeads][2], sum_[Shape::kHeads][2];
 };
 
 // ---- Pass 2
 // ------------------------------------------------------------------------------------------
 
-// Halves are those of the tile's keys: every second group of 8, so that warp w's two units have
-// keys 32 w to 32 w + 31. A thread has keys 32 w + x + 8 (2 f + half) for f = 0, 1, x = lane / 4,
-// by probe rows 8 g + 2 (lane % 4) + e. kAudit: block masses too, by token if there is a window;
+// A unit is a head and a half of the tile's keys: every second group of 8, so that warp w's two
+// have keys 32 w to 32 w + 31. A thread has keys 32 w + x + 8 (2 f + half) for f = 0, 1, x = lane /
+// 4, by probe rows 8 g + 2 (lane % 4) + e. kAudit: block masses too, by token if there is a window;
 // their sums leave no registers for a second unit.
 template <typename Shape, int kStages, bool kAudit>
-class ProbeScores
-    : public ProbeStream<Shape, kStages, !kAudit, ProbeScores<Shape, kStages, kAudit>> {
+class ProbeScores : public ProbeStream<Shape, kStages, 2 * Shape::kHeads, !kAudit,
+                                       ProbeScores<Shape, kStages, kAudit>> {
  public:
-  using Base = ProbeStream<Shape, kStages, !kAudit, ProbeScores<Shape, kStages, kAudit>>;
+  using Base =
+      ProbeStream<Shape, kStages, 2 * Shape::kHeads, !kAudit, ProbeScores<Shape, kStages, kAudit>>;
 
   __device__ ProbeScores(const ProbeSm90Params& params, const ProbeSm90Task<Shape>& task,
                          ProbeTiles<Shape, kStages>& tiles, ProbeScoresExtra<Shape>& extra,
@@ -305,15 +297,14 @@ class ProbeScores
     }
   }
 
-  __device__ void descriptors(uint32_t stage, int h, int half, uint64_t& a, uint64_t& b) const {
-    a = sm90::wgmma_descriptor(this->tiles_.k[stage] + half * 8 * sm90::kChunkColumns, 16,
+  __device__ void descriptors(uint32_t stage, int unit, uint64_t& a, uint64_t& b) const {
+    a = sm90::wgmma_descriptor(this->tiles_.k[stage] + unit % 2 * 8 * sm90::kChunkColumns, 16,
                                2 * kProbeRows8);
-    b = sm90::wgmma_descriptor(this->tiles_.q[h], 16, kProbeRows8);
+    b = sm90::wgmma_descriptor(this->tiles_.q[unit / 2], 16, kProbeRows8);
   }
 
-  __device__ bool is_negative() const { return false; }
-
-  __device__ __forceinline__ void unit(int h, int half, float (&scores)[64], int32_t first_key) {
+  __device__ __forceinline__ void unit(int unit, float (&scores)[64], int32_t first_key) {
+    const int h = unit / 2, half = unit % 2;
     if (half == 0) {
 #pragma unroll
       for (int b = 0; b < 19; ++b) diagonal_[b][0] = diagonal_[b][1] = 0;
@@ -555,11 +546,12 @@ __device__ void finish_probe_softmax(const SelectProblem& select, const ProbeSm9
 // ---- Kernels
 // -----------------------------------------------------------------------------------------
 
-// Registers of a thread that computes; of the loading warpgroup with two streams.
+// With two streams: registers of a thread that computes and of one of the loading warpgroup.
+constexpr int kProbeStatsRegisters = 104, kProbeStatsLoadRegisters = 64;
 constexpr int kProbeComputeRegisters = 216, kProbeLoadRegisters = 64;
 
 template <typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 1)
+__global__ void __launch_bounds__(Shape::kStatsThreads, 1)
     probe_stats_sm90_kernel(const __grid_constant__ ProbeSm90Params params) {
   using Shared = ProbeStatsShared<Shape>;
   constexpr int kStages = decltype(Shared::tiles)::kStages;
@@ -567,7 +559,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   // Shuffled so that the compiler knows that a warp's threads stay together.
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
   if (threadIdx.x == 0) {
-    tiles.init(4 + kProbePoolWarps);
+    tiles.init(8 + kProbePoolWarps);
     sm90::barrier_init_fence();
   }
   await_previous_kernel();
@@ -576,17 +568,16 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   if (!task.any) return;
   __syncthreads();
   if (warp < 4) {
-    if constexpr (Shape::kStreams == 2) sm90::registers_shrink<kProbeLoadRegisters>();
+    if constexpr (Shape::kStreams == 2) sm90::registers_shrink<kProbeStatsLoadRegisters>();
     if (warp == 0) {
       ProbeLoader<Shape, kStages>(params, task, tiles).run();
     } else if (warp >= 4 - kProbePoolWarps) {
       KeyPooler<Shape, kStages>(params, task, tiles, warp - (4 - kProbePoolWarps)).run();
     }
   } else {
-    if constexpr (Shape::kStreams == 2) sm90::registers_grow<kProbeComputeRegisters>();
-    ProbeStats<Shape, kStages> stats(params, task, tiles, warp / 4 - 1);
-    stats.reset();
-    stats.run();
+    if constexpr (Shape::kStreams == 2) sm90::registers_grow<kProbeStatsRegisters>();
+    const int warpgroup = warp / 4 - 1;
+    ProbeStats<Shape, kStages>(params, task, tiles, warpgroup / 2, warpgroup % 2).run();
   }
 }
 
@@ -633,7 +624,7 @@ template <typename Shape>
 void launch_probe_sm90(const ProbeSm90Params& params, uint32_t ctas, void* stream) {
   static_assert(sizeof(ProbeStatsShared<Shape>) <= 232448);
   static_assert(sizeof(ProbeScoresShared<Shape>) <= 232448);
-  launch_overlapped(probe_stats_sm90_kernel<Shape>, dim3(ctas), dim3(Shape::kThreads),
+  launch_overlapped(probe_stats_sm90_kernel<Shape>, dim3(ctas), dim3(Shape::kStatsThreads),
                     sizeof(ProbeStatsShared<Shape>), stream, params);
   const auto scores = params.select.audit != nullptr ? probe_scores_sm90_kernel<Shape, true>
                                                      : probe_scores_sm90_kernel<Shape, false>;

@@ -106,8 +106,8 @@ __device__ inline void add_unit(float (&sums)[8], const uint4& x) {
   }
 }
 
-// Pass 1: means of the key blocks, by kProbePoolWarps warps, each its chunks of 64 columns. The
-// CTAs that read the same keys take turns.
+// Pass 1: means of the key blocks, by kProbePoolWarps warps. The CTAs that read the same keys take
+// turns with tiles, and the warps with chunks of 64 columns.
 template <typename Shape, int kStages>
 class KeyPooler {
  public:
@@ -122,46 +122,72 @@ class KeyPooler {
 
   __device__ void run() {
     const ProbeRing<Shape, kStages> ring(select_, task_);
+    int32_t turn = 0;  // whose chunk of columns is next
     ring.for_each([&](int32_t stream, int32_t i, uint32_t place) {
       const uint32_t stage = ring.stage(place);
       sm90::barrier_wait(&tiles_.k_full[stage], ring.parity(place));
       if (select_.by_blocks && i % slices_ == task_.slice) {
         const ProbeChunk chunk(select_, task_.sequence, task_.first_chunk + stream);
-        pool(tiles_.k[stage], chunk.begin + i * 128, chunk.end);
+#pragma unroll 1
+        for (int32_t c = 0; c < Shape::kChunks; ++c) {
+          if (turn == warp_) pool(tiles_.k[stage], c, chunk.begin + i * 128, chunk.end);
+          turn = turn + 1 < kProbePoolWarps ? turn + 1 : 0;
+        }
       }
       probe_arrive(&tiles_.k_empty[stage]);
     });
   }
 
  private:
-  __device__ void pool(const uint16_t* tile, int32_t first_key, int32_t end) {
+  // A chunk of columns of a tile.
+  __device__ void pool(const uint16_t* tile, int32_t c, int32_t first_key, int32_t end) {
     const DeviceProblem& problem = select_.problem;
     const int32_t s_kv = problem.sequences[task_.sequence].s_kv;
     const int64_t first_block =
         select_.sequences[task_.sequence].first_kv_block +
         static_cast<int64_t>(task_.kv) * problem.sequences[task_.sequence].n_kv;
+    const int32_t column = c * sm90::kChunkColumns + lane_ % 8 * 8 + lane_ / 8 * 2;
 #pragma unroll 1
-    for (int32_t c = warp_; c < Shape::kChunks; c += kProbePoolWarps) {
-      const int32_t column = c * sm90::kChunkColumns + lane_ % 8 * 8 + lane_ / 8 * 2;
-#pragma unroll 1
-      for (int32_t key = 0; key < min(end - first_key, 128); key += problem.block_size) {
-        const int32_t keys = min(s_kv - first_key - key, problem.block_size);
-        const float2 sums = sum_block(tile + c * 128 * sm90::kChunkColumns, key, keys);
-        const float inverse = 1.0f / static_cast<float>(keys);
-        if (column >= problem.d_qk) continue;
-        float* to = select_.k_means +
-                    (first_block + (first_key + key) / problem.block_size) * problem.d_qk + column;
-        *reinterpret_cast<float2*>(to) = {sums.x * inverse, sums.y * inverse};
-      }
+    for (int32_t key = 0; key < min(end - first_key, 128); key += problem.block_size) {
+      const int32_t keys = min(s_kv - first_key - key, problem.block_size);
+      const float2 sums = sum_block(tile + c * 128 * sm90::kChunkColumns, key, keys);
+      const float inverse = 1.0f / static_cast<float>(keys);
+      if (column >= problem.d_qk) continue;
+      float* to = select_.k_means +
+                  (first_block + (first_key + key) / problem.block_size) * problem.d_qk + column;
+      *reinterpret_cast<float2*>(to) = {sums.x * inverse, sums.y * inverse};
     }
   }
 
-  // Over rows [first, first + rows) of a chunk: lane 8 q + u gets columns 8 u + 2 q and the next.
+  // Over rows [first, first + rows) of a chunk, `first` a multiple of 8: lane 8 q + u gets columns
+  // 8 u + 2 q and the next.
   __device__ float2 sum_block(const uint16_t* chunk, int32_t first, int32_t rows) const {
+    using Element = typename Shape::Element;
     float sums[8] = {};
-#pragma unroll 4
-    for (int32_t row = lane_ / 8; row < rows; row += 4) {
-      add_unit<typename Shape::Element>(sums, swizzled_unit(chunk, first + row, lane_ % 8));
+    const int32_t row = lane_ / 8, unit = lane_ % 8;
+    // Every fourth row from `row` on. These two and those a multiple of eight below them lie where
+    // an offset known when compiled leads.
+    const uint4* even = &swizzled_unit(chunk, first + row, unit);
+    const uint4* odd = &swizzled_unit(chunk, first + row + 4, unit);
+    constexpr int kEightRows = sm90::kChunkRowBytes * 8 / sizeof(uint4);
+    constexpr int kAtOnce = 32;
+    int32_t done = 0;
+#pragma unroll 1
+    for (; done + kAtOnce <= rows; done += kAtOnce) {
+      uint4 some[kAtOnce / 4];
+#pragma unroll
+      for (int i = 0; i < kAtOnce / 8; ++i) {
+        some[2 * i] = even[i * kEightRows];
+        some[2 * i + 1] = odd[i * kEightRows];
+      }
+#pragma unroll
+      for (const uint4& eight : some) add_unit<Element>(sums, eight);
+      even += kAtOnce / 8 * kEightRows;
+      odd += kAtOnce / 8 * kEightRows;
+    }
+#pragma unroll 1
+    for (int32_t r = done + row; r < rows; r += 4) {
+      add_unit<Element>(sums, swizzled_unit(chunk, first + r, unit));
     }
 #pragma unroll
     for (int e = 0; e < 8; ++e) {

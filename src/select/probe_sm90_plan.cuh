@@ -15,8 +15,9 @@ namespace flexprefill {
 //
 // A CTA has the probes of kHeads query heads of one K/V head in shared memory, so that a tile of
 // keys is loaded once for all of them; where that does not divide the heads that the probe looks
-// at, the last CTA computes one twice. Each of its kStreams warpgroups walks over a chunk of keys
-// of its own, in tiles of 128; the tiles of all streams go through one ring, in turns.
+// at, the last CTA computes one twice. Each of its kStreams warpgroups, in pass 1 pairs of them,
+// walks over a chunk of keys of its own, in tiles of 128; the tiles of all streams go through one
+// ring, in turns.
 template <typename Element_, int kDim_, int kHeads_>
 struct ProbeShape {
   using Element = Element_;
@@ -24,15 +25,14 @@ struct ProbeShape {
   static constexpr int kChunks = kDim / sm90::kChunkColumns;
   // Affects speed only: what fits. With one stream there is nobody to compute while it waits.
   static constexpr int kStreams = kDim <= 128 ? 2 : 1;
-  // Pass 1 keeps the scores of two products; with descriptors for 12 steps they do not fit.
-  static constexpr bool kOverlapsStats = kDim != 192 || kHeads == 1;
   static constexpr int kMostStages = 6;
   static constexpr int kThreads = (kStreams + 1) * sm90::kWarpgroupThreads;
+  static constexpr int kStatsThreads = (2 * kStreams + 1) * sm90::kWarpgroupThreads;  // of pass 1
   static constexpr int kTileBytes = 128 * kDim * 2;  // of a probe, or of 128 keys
 };
 
-// Who is who in the first warpgroup: warp 0 loads, warps 2 and 3 see to block means.
-constexpr int kProbePoolWarps = 2;
+// Who is who in the first warpgroup: warp 0 loads, the others see to block means.
+constexpr int kProbePoolWarps = 3;
 
 // Partial diagonals of a stream's 128 probe rows by 128 keys. Warp w holds those of its 32 keys,
 // one row for each key number modulo 8: entry t of row x, which belongs to key - row = 32 w + x + t
