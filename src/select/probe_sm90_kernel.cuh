@@ -40,6 +40,8 @@ class ProbeStream {
         plan_(params.select.sequences[task.sequence]),
         ring_(params.select, task),
         chunk_(params.select, task.sequence, task.first_chunk + stream),
+        position_(plan_.probe_position),
+        rows_(plan_.probe_rows),
         stream_(stream),
         warp_(static_cast<int32_t>(threadIdx.x) % 128 / 32),
         lane_(static_cast<int32_t>(threadIdx.x) % 32) {}
@@ -58,8 +60,7 @@ class ProbeStream {
   // Whether some probe row must not see some key of the tile. Asked of the warp, as ptxas waits for
   // all products before a branch of which it does not know that the warp takes it together.
   __device__ bool is_masked(int32_t first_key, int32_t first_row) const {
-    return __any_sync(0xffffffffu, first_key + 127 > plan_.probe_position + first_row ||
-                                       plan_.probe_rows < 128) != 0;
+    return __any_sync(0xffffffffu, first_key + 127 > position_ + first_row || rows_ < 128) != 0;
   }
 
   const SelectProblem& select_;
@@ -69,6 +70,8 @@ class ProbeStream {
   const SelectSequence& plan_;
   const ProbeRing<Shape, kStages> ring_;
   const ProbeChunk chunk_;
+  // Of the plan, in registers: a load between two products would be a wait for it.
+  const int32_t position_, rows_;
   const int stream_;
   const int32_t warp_, lane_;
 
@@ -220,9 +223,8 @@ class ProbeStats
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int32_t row = first_row_ + 8 * r;
-      const int32_t last = row < this->plan_.probe_rows
-                               ? this->plan_.probe_position + row - first_key - this->lane_ % 4 * 2
-                               : -1;
+      const int32_t last =
+          row < this->rows_ ? this->position_ + row - first_key - this->lane_ % 4 * 2 : -1;
 #pragma unroll
       for (int g = 0; g < 16; ++g) {
 #pragma unroll
@@ -281,6 +283,10 @@ class ProbeScores : public ProbeStream<Shape, kStages, 2 * Shape::kHeads, !kAudi
                          int stream)
       : Base(params, task, tiles, stream),
         extra_(extra),
+        s_kv_(params.select.problem.sequences[task.sequence].s_kv),
+        chunks_(this->plan_.chunks),
+        first_entry_(this->plan_.first_key),
+        first_tail_(this->plan_.first_chunk + task.first_chunk + stream),
         thread_(static_cast<int32_t>(threadIdx.x) % 128),
         windowed_(kAudit && params.select.local_window > 0) {}
 
@@ -329,8 +335,8 @@ class ProbeScores : public ProbeStream<Shape, kStages, 2 * Shape::kHeads, !kAudi
     int32_t low[2], high[2];
 #pragma unroll
     for (int f = 0; f < 2; ++f) {
-      low[f] = key0 + 16 * f - this->plan_.probe_position;
-      high[f] = this->plan_.probe_rows;
+      low[f] = key0 + 16 * f - this->position_;
+      high[f] = this->rows_;
       if (windowed_ && key0 + 16 * f >= this->select_.global_window) {
         high[f] = static_cast<int32_t>(min(int64_t{high[f]}, low[f] + this->select_.local_window));
       }
@@ -392,15 +398,12 @@ class ProbeScores : public ProbeStream<Shape, kStages, 2 * Shape::kHeads, !kAudi
       total += second;
     }
     if (select.slash == nullptr) return;  // an audit of windows wants masses alone
-    store_if(first_key + own < s_kv(), select.vertical + (head_key(h) + first_key + own), total);
+    store_if(first_key + own < s_kv_, select.vertical + (head_key(h) + first_key + own), total);
     finish_diagonals(h, first_key);
   }
 
-  __device__ int32_t s_kv() const {
-    return this->select_.problem.sequences[this->task_.sequence].s_kv;
-  }
   __device__ int64_t head_key(int h) const {
-    return this->plan_.first_key + static_cast<int64_t>(this->task_.head(h)) * s_kv();
+    return first_entry_ + static_cast<int64_t>(this->task_.head(h)) * s_kv_;
   }
 
   // Of all four warps of the stream.
@@ -454,15 +457,14 @@ class ProbeScores : public ProbeStream<Shape, kStages, 2 * Shape::kHeads, !kAudi
   __device__ __forceinline__ void store_diagonal(int h, int32_t u, float value) const {
     const SelectProblem& select = this->select_;
     const int32_t chunk = this->task_.first_chunk + this->stream_;
-    const int32_t distance = this->plan_.probe_position - u;
+    const int32_t distance = this->position_ - u;
     const int64_t head = this->task_.head(h);
     // The chunk before has more of it.
     const bool shared = u < this->chunk_.begin && chunk > 0;
-    float* tail = select.slash_tails +
-                  (this->plan_.first_chunk + head * this->plan_.chunks + chunk) * kTailEntries;
+    float* tail = select.slash_tails + (first_tail_ + head * chunks_) * kTailEntries;
     float* to = shared ? tail + (u - this->chunk_.begin + kTailEntries - 1)
                        : select.slash + (head_key(h) + distance);
-    store_if(shared || (distance >= 0 && distance < s_kv()), to, value);
+    store_if(shared || (distance >= 0 && distance < s_kv_), to, value);
   }
 
   // Masses of the tile's blocks, of the probe's two query blocks.
@@ -490,6 +492,9 @@ class ProbeScores : public ProbeStream<Shape, kStages, 2 * Shape::kHeads, !kAudi
   static constexpr int kFirstBarrier = 2;  // of one a stream
 
   ProbeScoresExtra<Shape>& extra_;
+  // Of the plan as well: keys, chunks, the first head's first key, and its chunk that is this one.
+  const int32_t s_kv_, chunks_;
+  const int64_t first_entry_, first_tail_;
   const int32_t thread_;
   const bool windowed_;
   float diagonal_[19][2];  // 8 x 8 blocks of scores on one diagonal of blocks
