@@ -339,7 +339,9 @@ __device__ void decide(const SelectProblem& select, const HeadScores& scores,
   const int32_t words = select.problem.sequences[head.sequence].words_per_row;
   const int64_t word = plan.first_word + static_cast<int64_t>(head.head) * words;
   HeadChoice& to = select.choices[head.number];
-  const bool query_aware = select.by_blocks && to.pattern == HeadPattern::kQueryAware;
+  // Asked of all threads at once: a map without a softmax makes the head dense meanwhile.
+  const bool query_aware =
+      select.by_blocks && __syncthreads_or(to.pattern == HeadPattern::kQueryAware ? 1 : 0) != 0;
   const int64_t fewest = fewest_blocks(select, scores);
   int64_t count = fewest;
   if (select.by_blocks && !query_aware) {

@@ -160,7 +160,7 @@ struct Plan {
   int64_t keys = 0, blocks = 0, kv_blocks = 0, chunks = 0, words = 0, parts = 0;  // of all heads
   int64_t maps = 0;          // entries of all heads' maps
   int32_t turns = 0;         // of maps
-  bool maps_beside = false;  // the scores
+  bool maps_beside = false;  // maps have a place of their own and are made beside choose
 };
 
 // All arrays of a call, laid out alike by the size query and by the call.
