@@ -91,8 +91,8 @@ class ProbeStream {
         finish_before<1>(scores[kUnit % 2]);
         unit<kUnit>(scores[kUnit % 2], first_key);
       });
-      // That phase is over; but without a branch ptxas moves the exponentials behind the wait for
-      // the product that they should overlap.
+      // That phase is over: a branch, across which ptxas does not move the exponentials behind the
+      // wait for the product that they should overlap.
       sm90::barrier_wait(&tiles_.k_full[stage], ring_.parity(place));
       finish_before<0>(scores[1]);
       probe_arrive(&tiles_.k_empty[stage]);

@@ -23,7 +23,7 @@ struct ProbeShape {
   using Element = Element_;
   static constexpr int kDim = kDim_, kHeads = kHeads_;
   static constexpr int kChunks = kDim / sm90::kChunkColumns;
-  // Affects speed only: what fits. With one stream there is nobody to compute while it waits.
+  // Affects speed only: what fits. With one stream pass 2 has nobody to compute while it waits.
   static constexpr int kStreams = kDim <= 128 ? 2 : 1;
   static constexpr int kMostStages = 6;
   static constexpr int kThreads = (kStreams + 1) * sm90::kWarpgroupThreads;
