@@ -80,6 +80,13 @@ __device__ inline void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Stores 8 x 8 matrices of 16-bit elements, as ldmatrix_x4 (sm80.cuh) loads them.
+__device__ inline void stmatrix_x4(const uint32_t (&registers)[4], uint32_t row) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+               "r"(registers[0]), "r"(registers[1]), "r"(registers[2]), "r"(registers[3])
+               : "memory");
+}
+
 // ---- TMA ---------------------------------------------------------------------------------------
 
 using TensorMap = CUtensorMap;
@@ -140,6 +147,25 @@ __device__ inline void tma_load(const TensorMap* map, Barrier* barrier, void* sh
       "l"(reinterpret_cast<uint64_t>(map)), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2),
       "r"(c3)
       : "memory");
+}
+
+// The box in `shared` to the tensor at these coordinates, but for what lies outside of it. One
+// thread; what stored to `shared` was followed by fence_proxy_async. Done when the kernel ends.
+__device__ inline void tma_store(const TensorMap* map, const void* shared, int32_t c0, int32_t c1,
+                                 int32_t c2, int32_t c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
+          reinterpret_cast<uint64_t>(map)),
+      "r"(shared_address(shared)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+// To follow a thread's calls of tma_store.
+__device__ inline void tma_store_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// Until what this thread stores by TMA was read from shared memory.
+__device__ inline void tma_store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
 // Between a thread's ordinary stores to shared memory and wgmma or TMA that read them (after a

@@ -113,52 +113,103 @@ const char* check_tensor_map(const TensorMap& map) {
   return nullptr;
 }
 
-void tma_load(const TensorMap& map, uint64_t* barrier, void* shared, const int32_t* coordinates,
-              Where where) {
+namespace {
+
+using BoxStart = std::array<int64_t, TensorMap::kMaxRank>;
+
+BoxStart box_start(const TensorMap& map, const int32_t* coordinates) {
+  BoxStart start{};
+  std::copy_n(coordinates, map.rank, start.begin());
+  return start;
+}
+
+// Of 16 bytes, of a box.
+uint32_t box_units(const TensorMap& map) {
+  uint32_t units = map.element_bytes;
+  for (int i = 0; i < map.rank; ++i) units *= map.box[i];
+  return units / 16;
+}
+
+// function(unit, byte, element): of the box's elements that the tensor has, where each lies in its
+// unit of 16 bytes, and in the tensor.
+template <typename Function>
+void for_each_element(const TensorMap& map, const BoxStart& start, Function function) {
+  const uint32_t row_units = map.box[0] * map.element_bytes / 16;
+  const int unit_elements = 16 / map.element_bytes;
+  for (uint32_t unit = 0; unit < box_units(map); ++unit) {
+    // The row of the box that the unit is in, and whether the tensor has it.
+    const std::byte* row = map.data;
+    bool inside = true;
+    uint32_t rest = unit / row_units;
+    for (int i = 1; i < map.rank; ++i) {
+      const int64_t at = start[i] + rest % map.box[i];
+      rest /= map.box[i];
+      inside = inside && at >= 0 && at < static_cast<int64_t>(map.sizes[i]);
+      if (inside) row += at * static_cast<int64_t>(map.strides[i - 1]);
+    }
+    for (int e = 0; e < unit_elements && inside; ++e) {
+      const int64_t at = start[0] + unit % row_units * unit_elements + e;
+      if (at < 0 || at >= static_cast<int64_t>(map.sizes[0])) continue;
+      function(unit, e * map.element_bytes, row + at * map.element_bytes);
+    }
+  }
+}
+
+// The box's address in shared memory.
+uint32_t checked_box(const TensorMap& map, const void* shared, const char* what, Where where) {
   if (const char* problem = check_tensor_map(map))
     fail(std::string("tensor map: ") + problem, where);
-  uint32_t units = 1;  // of 16 bytes
-  for (int i = 0; i < map.rank; ++i) units *= map.box[i];
-  units = units * map.element_bytes / 16;
-  const uint32_t address = shared_address(shared, units * 16, 128, "TMA load", where);
+  return shared_address(shared, box_units(map) * 16, 128, what, where);
+}
+
+std::byte* unit_at(const TensorMap& map, uint32_t box, uint32_t unit, Where where) {
+  return shared_pointer(swizzled(box + unit * 16, map.swizzle_bytes), 16, 16, "TMA", where);
+}
+
+}  // namespace
+
+void tma_load(const TensorMap& map, uint64_t* barrier, void* shared, const int32_t* coordinates,
+              Where where) {
+  const uint32_t address = checked_box(map, shared, "TMA load", where), units = box_units(map);
   load(barrier, "TMA load", where);
   check_access(shared, units * 16, Races::Kind::kWrite, where);
   Races::Clock issued;
   races().release(thread_number(), issued);
   std::fill_n(static_cast<std::byte*>(shared), units * 16, kPoison);
   async_wrote(static_cast<std::byte*>(shared), units * 16);
-  std::array<int64_t, TensorMap::kMaxRank> start{};
-  std::copy_n(coordinates, map.rank, start.begin());
+  const BoxStart start = box_start(map, coordinates);
   land_later([=] {
-    const uint32_t row_units = map.box[0] * map.element_bytes / 16;
-    const int unit_elements = 16 / map.element_bytes;
-    for (uint32_t unit = 0; unit < units; ++unit) {
-      // The row of the box that the unit is in, and whether the tensor has it.
-      const std::byte* row = map.data;
-      bool inside = true;
-      uint32_t rest = unit / row_units;
-      for (int i = 1; i < map.rank; ++i) {
-        const int64_t at = start[i] + rest % map.box[i];
-        rest /= map.box[i];
-        inside = inside && at >= 0 && at < static_cast<int64_t>(map.sizes[i]);
-        if (inside) row += at * static_cast<int64_t>(map.strides[i - 1]);
-      }
-      std::array<std::byte, 16> bytes{};
-      for (int e = 0; e < unit_elements && inside; ++e) {
-        const int64_t at = start[0] + unit % row_units * unit_elements + e;
-        if (at < 0 || at >= static_cast<int64_t>(map.sizes[0])) continue;
-        std::memcpy(bytes.data() + e * map.element_bytes, row + at * map.element_bytes,
-                    map.element_bytes);
-      }
-      std::byte* to = shared_pointer(swizzled(address + unit * 16, map.swizzle_bytes), 16, 16,
-                                     "TMA load", where);
-      std::memcpy(to, bytes.data(), 16);
-      async_wrote(to, 16);
-    }
+    std::byte* const box = shared_pointer(address, units * 16, 128, "TMA load", where);
+    std::fill_n(box, units * 16, std::byte{0});
+    for_each_element(map, start, [&](uint32_t unit, int byte, const std::byte* element) {
+      std::memcpy(unit_at(map, address, unit, where) + byte, element, map.element_bytes);
+    });
+    async_wrote(box, units * 16);
     Races::join(phase_clocks(barrier).running, issued);
     add_bytes(barrier, -static_cast<int64_t>(units) * 16, "TMA load", where);
   });
 }
+
+// As late as may be: a thread that does not wait finds nothing stored.
+void tma_store(const TensorMap& map, const void* shared, const int32_t* coordinates, Where where) {
+  const uint32_t address = checked_box(map, shared, "TMA store", where), units = box_units(map);
+  check_access(shared, units * 16, Races::Kind::kRead, where);
+  async_reads(static_cast<const std::byte*>(shared), units * 16, "TMA store", where);
+  const BoxStart start = box_start(map, coordinates);
+  for_each_element(map, start, [&](uint32_t, int, const std::byte* element) {
+    check_access(element, map.element_bytes, Races::Kind::kWrite, where);
+  });
+  thread_stores().open.emplace_back([=] {
+    for_each_element(map, start, [&](uint32_t unit, int byte, const std::byte* element) {
+      std::memcpy(const_cast<std::byte*>(element), unit_at(map, address, unit, where) + byte,
+                  map.element_bytes);
+    });
+  });
+}
+
+void tma_store_commit() { thread_stores().commit(); }
+
+void tma_store_wait_read() { thread_stores().wait(0); }
 
 // ---- wgmma
 

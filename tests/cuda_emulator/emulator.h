@@ -156,12 +156,16 @@ void async_reads(const std::byte* data, size_t bytes, const char* what, Where wh
 
 // ---- What is in flight
 
-// A thread's copies by cp.async: their groups, oldest first, and those not yet in one.
+// A thread's copies: their groups, oldest first, and those not yet in one.
 struct ThreadCopies {
   std::vector<std::function<void()>> open;
   std::vector<std::vector<std::function<void()>>> groups;
+
+  void commit();
+  void wait(int pending);  // lands all but the youngest groups
 };
-ThreadCopies& thread_copies();
+ThreadCopies& thread_copies();  // by cp.async
+ThreadCopies& thread_stores();  // by TMA, to memory
 
 // A warpgroup's products by wgmma (wgmma.cc); made anew for every CTA.
 struct WarpgroupProducts;

@@ -557,6 +557,59 @@ TEST(Emulator, WarpgroupProduct) {
   check_warpgroup_product<__half>();
 }
 
+// What one store_matrices does wrong.
+enum class StoreMistake { kNone, kNoProxyFence, kNoWait, kEarlyWrite };
+
+// A warp: numbers to a box of 16 rows by stmatrix, and the box to `to` from row 8, column 0 on.
+__global__ void store_matrices(const __grid_constant__ sm90::TensorMap to, StoreMistake mistake) {
+  const int lane = static_cast<int>(threadIdx.x);
+  const uint32_t row = static_cast<uint32_t>(lane) % 16;
+  const uint32_t unit = shared_address(shared_memory()) + row * 128 + (lane / 16 ^ row % 8) * 16;
+  for (uint32_t step = 0; step < 4; ++step) {  // of 16 columns
+    uint32_t fragment[4];
+    for (uint32_t i = 0; i < 4; ++i) {
+      const uint32_t at = (lane / 4 + i % 2 * 8) * 64 + step * 16 + i / 2 * 8 + lane % 4 * 2;
+      fragment[i] = at | (at + 1) << 16;
+    }
+    sm90::stmatrix_x4(fragment, unit ^ step * 32);
+  }
+  if (mistake != StoreMistake::kNoProxyFence) sm90::fence_proxy_async();
+  __syncwarp();
+  if (lane == 0) {
+    sm90::tma_store(&to, shared_memory(), 0, 8, 1, 0);
+    sm90::tma_store_commit();
+    if (mistake == StoreMistake::kEarlyWrite) *reinterpret_cast<uint16_t*>(shared_memory()) = 7;
+    if (mistake != StoreMistake::kNoWait) sm90::tma_store_wait_read();
+  }
+}
+
+TEST(Emulator, StoresByTma) {
+  constexpr int kRows = 20, kColumns = 56;  // the box goes beyond both
+  const auto store = [](StoreMistake mistake) {
+    DeviceArray<uint16_t> to(2 * kRows * kColumns);
+    std::fill(to.host.begin(), to.host.end(), uint16_t{9999});
+    const sm90::TensorMap map = sm90::make_tensor_map(
+        {.data = to.upload(),
+         .sizes = {kColumns, kRows, 2, 1},
+         .strides = {kColumns * 2, kRows * kColumns * 2, 2 * kRows * kColumns * 2},
+         .box_rows = 16,
+         .bfloat16 = true});
+    launch(store_matrices, 1, 32, 16 * 128, nullptr, map, mistake);
+    return std::vector<uint16_t>(to.download());
+  };
+  const std::vector<uint16_t> stored = store(StoreMistake::kNone);
+  for (int row = 0; row < 2 * kRows; ++row) {
+    for (int column = 0; column < kColumns; ++column) {
+      const int of_box = row - kRows - 8;
+      EXPECT_EQ(stored[row * kColumns + column], of_box < 0 ? 9999 : of_box * 64 + column)
+          << row << " " << column;
+    }
+  }
+  EXPECT_EQ(store(StoreMistake::kNoWait)[(kRows + 8) * kColumns + 1], 9999);
+  EXPECT_EQ(store(StoreMistake::kEarlyWrite)[(kRows + 8) * kColumns], 7);
+  EXPECT_FAILS(store(StoreMistake::kNoProxyFence), "without fence.proxy.async");
+}
+
 TEST(Emulator, MistakesOfWarpgroupsAreNamed) {
   WarpgroupCase<__half> test;
   EXPECT_FAILS(test.run(Mistake::kNoFence), "wgmma without wgmma.fence");

@@ -49,20 +49,9 @@ void cp_async(uint32_t shared, const void* global, int bytes, int source_bytes, 
   });
 }
 
-void cp_async_commit() {
-  ThreadCopies& copies = thread_copies();
-  copies.groups.push_back(std::move(copies.open));
-  copies.open.clear();
-}
+void cp_async_commit() { thread_copies().commit(); }
 
-void cp_async_wait(int pending) {
-  auto& groups = thread_copies().groups;
-  const auto landed = groups.begin() + std::max<ptrdiff_t>(std::ssize(groups) - pending, 0);
-  for (auto group = groups.begin(); group != landed; ++group) {
-    for (const auto& land : *group) land();
-  }
-  groups.erase(groups.begin(), landed);
-}
+void cp_async_wait(int pending) { thread_copies().wait(pending); }
 
 void ldmatrix(uint32_t* registers, int matrices, bool transposed, uint32_t row, Where where) {
   struct Lane {
@@ -86,6 +75,27 @@ void ldmatrix(uint32_t* registers, int matrices, bool transposed, uint32_t row, 
             const uint32_t low = transposed ? matrix[j][i] : matrix[i][j];
             const uint32_t high = transposed ? matrix[j + 1][i] : matrix[i][j + 1];
             lanes[l]->registers[m] = low | high << 16;
+          }
+        }
+      },
+      where);
+}
+
+void stmatrix(const uint32_t* registers, uint32_t row, Where where) {
+  struct Lane {
+    const uint32_t* registers;
+    uint32_t row;
+  } lane{registers, row};
+  check_access(shared_pointer(row, 16, 16, "stmatrix", where), 16, Races::Kind::kWrite, where);
+  at_warp(
+      kAllLanes, "stmatrix", lane,
+      [&](Lane* const* lanes) {
+        for (int m = 0; m < 4; ++m) {
+          for (int r = 0; r < 8; ++r) {
+            std::byte* to = shared_pointer(lanes[8 * m + r]->row, 16, 16, "stmatrix", where);
+            for (int c = 0; c < 4; ++c) {
+              std::memcpy(to + 4 * c, &lanes[4 * r + c]->registers[m], 4);
+            }
           }
         }
       },

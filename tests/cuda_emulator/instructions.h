@@ -20,6 +20,9 @@ void cp_async_wait(int pending);
 // ldmatrix.sync.aligned.m8n8.x{2,4}{.trans}.shared.b16
 void ldmatrix(uint32_t* registers, int matrices, bool transposed, uint32_t row, Where where);
 
+// stmatrix.sync.aligned.m8n8.x4.shared.b16
+void stmatrix(const uint32_t* registers, uint32_t row, Where where);
+
 // mma.sync.aligned.m16n8k16.row.col, d += a b
 void mma_m16n8k16(Element type, float* d, const uint32_t* a, uint32_t b0, uint32_t b1, Where where);
 
@@ -46,6 +49,10 @@ const char* check_tensor_map(const TensorMap& map);
 // cp.async.bulk.tensor: the box at `coordinates` to `shared`, its bytes to `barrier`.
 void tma_load(const TensorMap& map, uint64_t* barrier, void* shared, const int32_t* coordinates,
               Where where);
+// The way back: memory holds it, and `shared` has been read, after tma_store_wait_read.
+void tma_store(const TensorMap& map, const void* shared, const int32_t* coordinates, Where where);
+void tma_store_commit();
+void tma_store_wait_read();
 
 // wgmma.mma_async.m64nNk16: d = a b or d += a b; one call a thread. `a_registers` is nullptr where
 // `a` is a descriptor. The transposed operand is stored with M or N contiguous. d is poison until

@@ -62,7 +62,7 @@ struct Fiber {
   const char* what = "start";  // it waits in
   Where where;
   std::function<bool()> condition;  // of wait_until
-  ThreadCopies copies;
+  ThreadCopies copies, stores;
   bool awaited_previous = false;
 };
 
@@ -550,6 +550,20 @@ void land_later(std::function<void()> land) { device.block.landing.push_back(std
 PhaseClocks& phase_clocks(const uint64_t* barrier) { return device.block.phase_clocks[barrier]; }
 
 ThreadCopies& thread_copies() { return device.block.fibers[device.current].copies; }
+ThreadCopies& thread_stores() { return device.block.fibers[device.current].stores; }
+
+void ThreadCopies::commit() {
+  groups.push_back(std::move(open));
+  open.clear();
+}
+
+void ThreadCopies::wait(int pending) {
+  const auto landed = groups.begin() + std::max<ptrdiff_t>(std::ssize(groups) - pending, 0);
+  for (auto group = groups.begin(); group != landed; ++group) {
+    for (const auto& land : *group) land();
+  }
+  groups.erase(groups.begin(), landed);
+}
 
 std::shared_ptr<WarpgroupProducts>& warpgroup_products() {
   return device.block.products[device.current / 128];

@@ -49,6 +49,11 @@ inline void named_barrier_arrive(int id, int threads, Where where = Where::curre
   cuda_emulator::barrier(id, threads, false, where);
 }
 
+inline void stmatrix_x4(const uint32_t (&registers)[4], uint32_t row,
+                        Where where = Where::current()) {
+  cuda_emulator::stmatrix(registers, row, where);
+}
+
 // ---- TMA
 
 using TensorMap = cuda_emulator::TensorMap;
@@ -84,6 +89,14 @@ inline void tma_load(const TensorMap* map, Barrier* barrier, void* shared, int32
   const int32_t coordinates[4] = {c0, c1, c2, c3};
   cuda_emulator::tma_load(*map, barrier, shared, coordinates, where);
 }
+
+inline void tma_store(const TensorMap* map, const void* shared, int32_t c0, int32_t c1, int32_t c2,
+                      int32_t c3, Where where = Where::current()) {
+  const int32_t coordinates[4] = {c0, c1, c2, c3};
+  cuda_emulator::tma_store(*map, shared, coordinates, where);
+}
+inline void tma_store_commit() { cuda_emulator::tma_store_commit(); }
+inline void tma_store_wait_read() { cuda_emulator::tma_store_wait_read(); }
 
 inline void fence_proxy_async() { cuda_emulator::fence_async_proxy(); }
 
