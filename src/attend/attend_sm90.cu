@@ -1,60 +1,16 @@
 // attend on cards of compute capability 9.0, the host's half: which calls TMA can address, tensor
 // maps, and the choice of a kernel. The kernel and its schedule: attend_sm90_kernel.cuh.
-#include <array>
 #include <cmath>
 #include <numeric>
 
 #include "attend/attend_sm90_plan.cuh"
 #include "cuda/backend_cuda.h"
+#include "cuda/tensor_map.cuh"
 
 namespace flexprefill {
 namespace {
 
 constexpr float kLog2E = 1.44269504088896340736f;
-
-// A tensor as TMA sees it: [dimension 3, dimension 2, rows, d]. Packed tensors have no dimension 3.
-struct MapDimensions {
-  std::array<int64_t, 3> sizes, strides;  // rows, heads, sequences (or pages); elements
-};
-
-MapDimensions map_dimensions(const TensorView& view) {
-  if (view.rank == 3) {
-    return {{view.shape[0], view.shape[1], 1}, {view.strides[0], view.strides[1], 0}};
-  }
-  return {{view.shape[1], view.shape[2], view.shape[0]},
-          {view.strides[1], view.strides[2], view.strides[0]}};
-}
-
-// Bases and strides must be multiples of 16 bytes; strides of dimensions of one are not used.
-bool is_addressable(const TensorView& view) {
-  constexpr int64_t kMostBytes = int64_t{1} << 40, kMostElements = int64_t{1} << 31;
-  if (view.rank == 0) return true;  // not given
-  if (reinterpret_cast<uintptr_t>(view.data) % 16 != 0) return false;
-  const MapDimensions dimensions = map_dimensions(view);
-  for (int i = 0; i < 3; ++i) {
-    const int64_t bytes = dimensions.strides[i] * 2;
-    if (dimensions.sizes[i] >= kMostElements) return false;
-    if (dimensions.sizes[i] > 1 && (bytes <= 0 || bytes % 16 != 0 || bytes >= kMostBytes)) {
-      return false;
-    }
-  }
-  return true;
-}
-
-sm90::TensorMap tensor_map(const TensorView& view, int32_t d, int32_t box_rows) {
-  const MapDimensions dimensions = map_dimensions(view);
-  sm90::TensorMapShape shape{.data = view.data,
-                             .sizes = {static_cast<uint64_t>(d)},
-                             .strides = {},
-                             .box_rows = static_cast<uint32_t>(box_rows),
-                             .bfloat16 = view.dtype == DType::kBFloat16};
-  for (int i = 0; i < 3; ++i) {
-    const int64_t stride = dimensions.sizes[i] > 1 ? dimensions.strides[i] : d;
-    shape.sizes[i + 1] = static_cast<uint64_t>(dimensions.sizes[i]);
-    shape.strides[i] = static_cast<uint64_t>(stride) * 2;
-  }
-  return sm90::make_tensor_map(shape);
-}
 
 // Of the means of every block, one row after another.
 sm90::TensorMap mean_map(void* means, const DeviceProblem& problem, int32_t d, DType dtype,
@@ -64,7 +20,7 @@ sm90::TensorMap mean_map(void* means, const DeviceProblem& problem, int32_t d, D
                         .rank = 3,
                         .shape = {problem.mean_rows, 1, d, 0},
                         .strides = {d, d, 1, 0}};
-  return tensor_map(view, d, box_rows);
+  return sm90::make_tensor_map(view, d, box_rows);
 }
 
 // Calls f.operator()<Shape>() with the kernel for the call's element type, head dims and blocks.
@@ -99,8 +55,8 @@ void dispatch_shape(const DeviceProblem& problem, F&& f) {
 
 bool attend_sm90_takes(const Problem& problem) {
   return (problem.block_size == 64 || problem.block_size == 128) &&
-         is_addressable(problem.q_view) && is_addressable(problem.k_view) &&
-         is_addressable(problem.v_view) && is_addressable(problem.out_view);
+         sm90::can_address(problem.q_view) && sm90::can_address(problem.k_view) &&
+         sm90::can_address(problem.v_view) && sm90::can_address(problem.out_view);
 }
 
 void attend_sm90(const DeviceProblem& device_problem, const Problem& problem,
@@ -124,9 +80,10 @@ void attend_sm90(const DeviceProblem& device_problem, const Problem& problem,
     params.kv_box_rows = problem.page_table == nullptr
                              ? Shape::kTileKv
                              : std::gcd(device_problem.page_size, Shape::kTileKv);
-    params.q_map = tensor_map(problem.q_view, problem.d_qk, Shape::kQBoxRows);
-    params.k_map = tensor_map(problem.k_view, problem.d_qk, params.kv_box_rows);
-    params.v_map = tensor_map(problem.v_view, problem.d_v, params.kv_box_rows);
+    params.q_map = sm90::make_tensor_map(problem.q_view, problem.d_qk, Shape::kQBoxRows);
+    params.k_map = sm90::make_tensor_map(problem.k_view, problem.d_qk, params.kv_box_rows);
+    params.v_map = sm90::make_tensor_map(problem.v_view, problem.d_v, params.kv_box_rows);
+    params.out_map = sm90::make_tensor_map(problem.out_view, problem.d_v, Shape::kOutBoxRows);
     if (means.k != nullptr) {
       params.k_mean_map =
           mean_map(means.k, device_problem, problem.d_qk, problem.dtype, Shape::kTileKv);

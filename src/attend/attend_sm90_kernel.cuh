@@ -47,10 +47,17 @@ class Computer {
       not_finite_ = false;
 #pragma unroll
       for (float& element : o_) element = 0;
+      if (row == Row::kEmpty) {
+        release_queries();
+        store_rare(taken());
+        row = take_row();
+        continue;
+      }
       if (row == Row::kTaken) first_scores(s);
-      if (row != Row::kEmpty) attend_tiles(s, p);
-      row = finish_row(row, s, p);
+      attend_tiles(s, p);
+      row = finish_row(s, p);
     }
+    sm90::tma_store_wait_read();
     // The other warpgroup's last arrival.
     if (kTurns && warpgroup() == 0) sm90::named_barrier_sync(kTurnOf0, kTurnThreads);
   }
@@ -99,21 +106,32 @@ class Computer {
     if constexpr (Shape::kQInRegisters) {
       if (tiles > 0) load_queries();
     }
-    if (Shape::kQInRegisters || tiles == 0) warp_arrive(&shared_.q_empty[warpgroup()]);
     return tiles == 0 ? Row::kEmpty : Row::kTaken;
+  }
+  // The taken row needs Q's place no more, and the output of the row before has left it.
+  __device__ void release_queries() {
+    sm90::tma_store_wait_read();
+    warp_arrive(&shared_.q_empty[warpgroup()]);
+  }
+
+  // Where matrices of the warp's rows in Q's place are, for ldmatrix and stmatrix. Units of 16
+  // bytes are swizzled: unit u of a row lies at u ^ (row % 8).
+  __device__ uint32_t first_unit() const {
+    const uint32_t row = first_row() + lane() % 16;
+    return sm90::shared_address(shared_.q) + row * sm90::kChunkRowBytes +
+           (lane() / 16 ^ row % 8) * 16;
+  }
+  __device__ static uint32_t unit_of_step(uint32_t first, uint32_t step) {  // of 16 columns
+    return (first ^ step % 4 * 32) + step / 4 * (Shape::kTileQ * sm90::kChunkRowBytes);
   }
 
   // Fragments of the left operand: step i has columns 16 i to 16 i + 15 of this warp's rows.
   __device__ void load_queries() {
-    const uint32_t row = first_row() + lane() % 16;
-    // Units of 16 bytes are swizzled: unit u of a row lies at u ^ (row % 8).
-    const uint32_t first =
-        sm90::shared_address(shared_.q) + row * sm90::kChunkRowBytes + (lane() / 16 ^ row % 8) * 16;
+    const uint32_t first = first_unit();
 #pragma unroll
     for (uint32_t step = 0; step < Shape::kDimQk / 16; ++step) {
       uint32_t fragment[4];
-      ldmatrix_x4(fragment,
-                  (first ^ step % 4 * 32) + step / 4 * (Shape::kTileQ * sm90::kChunkRowBytes));
+      ldmatrix_x4(fragment, unit_of_step(first, step));
 #pragma unroll
       for (int i = 0; i < 4; ++i) queries_[4 * step + i] = fragment[i];
     }
@@ -145,6 +163,7 @@ class Computer {
     softmax_.follow(s, params_.scale_log2, rescale);
     softmax_.weigh(s, params_.scale_log2);
     pack(s, p);
+    if (Shape::kQInRegisters) release_queries();
     int32_t i = 1;
 #pragma unroll 1
     for (; i < plain_tiles; ++i) next_tile<true>(s, p, work, false);
@@ -187,30 +206,27 @@ class Computer {
   }
 
   // The last product of the taken row, and its output. Takes the next row and returns it.
-  __device__ Row finish_row(Row row, float (&s)[Shape::kTileKv / 2],
-                            uint32_t (&p)[Shape::kTileKv / 4]) {
+  __device__ Row finish_row(float (&s)[Shape::kTileKv / 2], uint32_t (&p)[Shape::kTileKv / 4]) {
     const WorkTile& work = taken();
+    const RingPlace<Shape::kStages> values = ring_;
+    ring_.advance();
     Row next = Row::kNone;
-    if (row != Row::kEmpty) {
-      const RingPlace<Shape::kStages> values = ring_;
-      ring_.advance();
-      if (Shape::kQInRegisters) next = take_row();
-      if (next == Row::kTaken) {
-        await_keys();
-        await_checked(values);
-        take_turn();
-        start_scores(s, ring_.stage);
-        last_output(p, values);
-        sm90::wgmma_pin(s);
-        next = Row::kStarted;
-      } else {
-        await_checked(values);
-        take_turn();
-        last_output(p, values);
-      }
+    if (Shape::kQInRegisters) next = take_row();
+    if (next == Row::kTaken) {
+      await_keys();
+      await_checked(values);
+      take_turn();
+      start_scores(s, ring_.stage);
+      last_output(p, values);
+      sm90::wgmma_pin(s);
+      next = Row::kStarted;
+    } else {
+      await_checked(values);
+      take_turn();
+      last_output(p, values);
     }
     store(work);
-    return Shape::kQInRegisters && row != Row::kEmpty ? next : take_row();
+    return Shape::kQInRegisters ? next : take_row();
   }
 
   // Waits for the product as well.
@@ -280,10 +296,20 @@ class Computer {
     }
   }
 
-  // Scores of keys that a row does not see become -inf. Key x, counted from this thread's first
-  // column, is seen if x <= last and (x < global or x >= local).
+  // Scores of keys that a row does not see become -inf.
   __device__ void mask(float (&s)[Shape::kTileKv / 2], const WorkTile& work,
                        int32_t first_key) const {
+    if (params_.mask.windowed()) {
+      mask_by<true>(s, work, first_key);
+    } else {
+      mask_by<false>(s, work, first_key);
+    }
+  }
+  // Key x, counted from this thread's first column, is seen if x <= last and (x < global or
+  // x >= local).
+  template <bool kWindowed>
+  __device__ void mask_by(float (&s)[Shape::kTileKv / 2], const WorkTile& work,
+                          int32_t first_key) const {
     const int32_t own_row = first_row() + lane() / 4;
     const int32_t first_column = first_key + 2 * (lane() % 4);
     const int32_t global = params_.mask.global_window - first_column;
@@ -297,7 +323,7 @@ class Computer {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& score = s[x / 2 + 2 * r + e];
-          const bool seen = x + e <= last && (x + e < global || x + e >= local);
+          const bool seen = x + e <= last && (!kWindowed || x + e < global || x + e >= local);
           score = seen ? score : -INFINITY;
         }
       }
@@ -346,27 +372,105 @@ class Computer {
   // o / sum and lse to the rows that exist. What is seldom comes after o_ is out of its registers.
   __device__ void store(const WorkTile& work) {
     softmax_.finish();
+    if (work.lse != nullptr && lane() % 4 == 0) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int32_t row = first_row() + lane() / 4 + 8 * r;
+        if (row < work.row_begin || row >= work.row_end) continue;
+        work.lse[row] = softmax_.lse(r, params_.scale_log2);
+      }
+    }
+    if constexpr (Shape::kQInRegisters) {
+      store_through_shared(work);
+    } else {
+      store_by_quads(work);
+    }
+    __syncwarp();
+    store_rare(work);
+  }
+  __device__ void store_rare(const WorkTile& work) const {
+    if (weightless(0) || weightless(1)) {
+      const RareRow<Shape> rare(params_, work);
+#pragma unroll 1
+      for (int r = 0; r < 2; ++r) {
+        if (r == 0 ? weightless(0) : weightless(1))
+          rare.store_weightless(first_row() + lane() / 4 + 8 * r);
+      }
+    }
+    if (not_finite_) RareRow<Shape>(params_, work).add_not_finite(first_row());
+  }
+
+  // After softmax_.finish().
+  __device__ bool weightless(int r) const { return softmax_.sum[r] == 0; }
+
+  // Elements 4 g + 2 r and the next of o / sum.
+  __device__ uint32_t output_pair(int g, int r, float inverse) const {
+    return pack_pair<Element>(o_[4 * g + 2 * r] * inverse, o_[4 * g + 2 * r + 1] * inverse);
+  }
+
+  // A warp's 16 rows go to where its own rows of Q were, in the same layout, and TMA brings them to
+  // memory while the warp goes on: stores by threads wait for their way out. Those remain where
+  // some rows do not exist, or what is seldom will change what was stored.
+  __device__ void store_through_shared(const WorkTile& work) const {
+    static_assert(Shape::kDimV <= Shape::kDimQk);
+    const float inverse[2] = {1 / softmax_.sum[0], 1 / softmax_.sum[1]};
+    const uint32_t first = first_unit();
+#pragma unroll
+    for (int step = 0; step < Shape::kDimV / 16; ++step) {
+      uint32_t fragment[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        fragment[i] = output_pair(2 * step + i / 2, i % 2, inverse[i % 2]);
+      }
+      sm90::stmatrix_x4(fragment, unit_of_step(first, step));
+    }
+    sm90::fence_proxy_async();
+    __syncwarp();
+    const int32_t lane = this->lane(), first_row = this->first_row();
+    uint16_t* const rows = shared_.q + first_row * sm90::kChunkColumns;
+    constexpr int kChunk = Shape::kTileQ * sm90::kChunkColumns;
+    const bool some = first_row < work.row_begin || first_row + 16 > work.row_end;
+    const bool changes = not_finite_ || weightless(0) || weightless(1);
+    if (__any_sync(0xffffffff, some || changes ? 1 : 0) == 0) {
+      if (lane != 0) return;
+#pragma unroll 1
+      for (int c = 0; c < Shape::kDimV / sm90::kChunkColumns; ++c) {
+        sm90::tma_store(&params_.out_map, rows + c * kChunk, c * sm90::kChunkColumns,
+                        work.q_map_row + first_row, work.head, work.q_map_sequence);
+      }
+      sm90::tma_store_commit();
+      return;
+    }
+    constexpr int32_t kUnits = Shape::kDimV / 8;  // of 16 bytes, of a row
+    const int32_t unit = lane % kUnits;
+#pragma unroll 1
+    for (int32_t row = lane / kUnits; row < 16; row += 32 / kUnits) {
+      const int32_t of_tile = first_row + row;
+      if (of_tile < work.row_begin || of_tile >= work.row_end) continue;
+      if (unit * 8 >= params_.problem.d_v) continue;
+      const uint16_t* from =
+          rows + unit / 8 * kChunk + row * sm90::kChunkColumns + (unit % 8 ^ row % 8) * 8;
+      auto* out = reinterpret_cast<uint16_t*>(work.out) + of_tile * params_.problem.out.row_stride;
+      reinterpret_cast<uint4*>(out)[unit] = *reinterpret_cast<const uint4*>(from);
+    }
+  }
+
+  // Where Q's place is not free. A lane holds two columns of each group of eight; neighbours
+  // exchange: one gets four columns of this group and the other four of the next, so that a quad
+  // writes 32 bytes in a row. All lanes go the whole way: shuffles of a quad alone would let a
+  // warp's quads take turns.
+  __device__ void store_by_quads(const WorkTile& work) const {
     const DeviceProblem& problem = params_.problem;
     const int32_t lane = this->lane(), own_row = first_row() + lane / 4;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int32_t row = own_row + 8 * r;
-      // All lanes go the whole way: shuffles of a quad alone would let a warp's quads take turns.
       const bool exists = row >= work.row_begin && row < work.row_end;
       const float inverse = 1 / softmax_.sum[r];
-      if (exists && work.lse != nullptr && lane % 4 == 0) {
-        work.lse[row] = softmax_.lse(r, params_.scale_log2);
-      }
       auto* out = reinterpret_cast<uint16_t*>(work.out) + row * problem.out.row_stride;
 #pragma unroll
       for (int g = 0; g < Shape::kDimV / 8; g += 2) {
-        // A lane holds two columns of each group of eight. Neighbours exchange: one gets four
-        // columns of this group and the other four of the next, so that a quad writes 32 bytes in a
-        // row. (All of a group in one lane: 1 % faster, but fp16 with d 128 spills 8 bytes.)
-        const uint32_t own =
-            pack_pair<Element>(o_[4 * g + 2 * r] * inverse, o_[4 * g + 2 * r + 1] * inverse);
-        const uint32_t next = pack_pair<Element>(o_[4 * g + 4 + 2 * r] * inverse,
-                                                 o_[4 * g + 4 + 2 * r + 1] * inverse);
+        const uint32_t own = output_pair(g, r, inverse), next = output_pair(g + 1, r, inverse);
         const bool odd = lane % 2 != 0;
         const uint32_t received = __shfl_xor_sync(0xffffffff, odd ? own : next, 1);
         const int32_t column = 8 * (g + lane % 2) + 2 * (lane & 2);
@@ -376,15 +480,6 @@ class Computer {
         }
       }
     }
-    const bool weightless[2] = {softmax_.sum[0] == 0, softmax_.sum[1] == 0};
-    if (weightless[0] || weightless[1]) {
-      const RareRow<Shape> rare(params_, work);
-#pragma unroll 1
-      for (int r = 0; r < 2; ++r) {
-        if (r == 0 ? weightless[0] : weightless[1]) rare.store_weightless(own_row + 8 * r);
-      }
-    }
-    if (not_finite_) RareRow<Shape>(params_, work).add_not_finite(first_row());
   }
 
   const AttendSm90Params& params_;
@@ -413,6 +508,7 @@ __global__ void __launch_bounds__(kAttendThreads, 1)
     sm90::tma_prefetch_map(&params.v_map);
   }
   __syncthreads();
+  await_previous_kernel();
   // 24 + 2 * 240 registers are what the CTA starts with.
   if (warpgroup == 0) {
     sm90::registers_shrink<56>();
@@ -436,8 +532,8 @@ void launch_attend_sm90(const AttendSm90Params& params, int32_t multiprocessors,
   static_assert(sizeof(SharedPlan<Shape>) <= 232448);
   const uint32_t ctas = std::min<uint32_t>(
       multiprocessors, (params.order.count + Shape::kStreams - 1) / Shape::kStreams);
-  launch(attend_sm90_kernel<Shape>, dim3(ctas), dim3(kAttendThreads), sizeof(SharedPlan<Shape>),
-         stream, params);
+  launch_overlapped(attend_sm90_kernel<Shape>, dim3(ctas), dim3(kAttendThreads),
+                    sizeof(SharedPlan<Shape>), stream, params);
 }
 
 }  // namespace flexprefill

@@ -63,10 +63,10 @@ class Loader {
     const int32_t tiles = key_tiles + (params_.rows.mean_correction ? count_mean_tiles() : 0);
     if (lane_ == 0) describe(item, sequence, key_tiles, tiles);
     BlockWalk walk(words);
-    // K tiles that are asked for before Q. Its place is free since the row before began if Q is
-    // kept in registers; else until the row before ends: as many as fit besides those that it still
-    // uses.
-    const int32_t before_q = min(Shape::kQInRegisters ? 1 : Shape::kStages - 1, tiles);
+    // K tiles that are asked for before Q. Its place is free soon after the row before began if Q
+    // is kept in registers, and it comes from further away; else its place is in use until the row
+    // before ends: as many as fit besides those that it still uses.
+    const int32_t before_q = Shape::kQInRegisters ? 0 : min(Shape::kStages - 1, tiles);
     if (before_q == 0) load_q();
     int32_t first_key = 0;
 #pragma unroll 1

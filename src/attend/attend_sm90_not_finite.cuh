@@ -23,14 +23,12 @@ class RareRow {
         words_(params.rows.bits == nullptr ? nullptr
                                            : params.rows.row(sequence_, work.head, work.q_row)) {}
 
-  // A row of the tile without any weight, by the quad that stored it: a query that sees no key
-  // gives 0, one whose scores are all -inf NaN.
+  // A row of the tile without any weight, by one quad after the stores of its warp: a query that
+  // sees no key gives 0, one whose scores are all -inf NaN.
   __device__ void store_weightless(int32_t row) const {
     if (row < work_.row_begin || row >= work_.row_end) return;
     const bool nothing = !sees_any_key(work_.first_position + row);
     const int32_t lane = static_cast<int32_t>(threadIdx.x) % 4;
-    // Each lane overwrites what others of its quad stored: 0 / 0.
-    __syncwarp(0xfu << (threadIdx.x % 32 & ~3u));
     if (work_.lse != nullptr && lane == 0) work_.lse[row] = nothing ? -INFINITY : NAN;
     if (!nothing) return;  // 0 / 0 is right
     auto* out = reinterpret_cast<uint16_t*>(work_.out) + row * params_.problem.out.row_stride;

@@ -35,7 +35,8 @@ struct AttendShape {
   static constexpr int kBarrierBytes = 1024;  // more than all that is not q, k or v
   static constexpr int kStreamBytes = 232448 / kStreams / 1024 * 1024 - kBarrierBytes;
   static constexpr int kQBytes = kTileQ * kDimQk * 2;
-  static constexpr int kQBoxRows = 64;  // of a warpgroup
+  static constexpr int kQBoxRows = 64;    // of a warpgroup
+  static constexpr int kOutBoxRows = 16;  // of a warp
   static constexpr int kStageBytes = kTileKv * (kDimQk + kDimV) * 2;
   static constexpr int kMostStages = (kStreamBytes - kQBytes) / kStageBytes;
   static constexpr int kStages = kMostStages < 4 ? kMostStages : 4;
@@ -134,7 +135,7 @@ struct RingPlace {
 };
 
 struct AttendSm90Params {
-  sm90::TensorMap q_map, k_map, v_map;
+  sm90::TensorMap q_map, k_map, v_map, out_map;
   sm90::TensorMap k_mean_map, v_mean_map;  // with a mean correction
   DeviceProblem problem;
   DeviceRows rows;
