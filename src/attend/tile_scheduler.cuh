@@ -70,6 +70,8 @@ constexpr int kOrderBuckets = 256;
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads)
     order_rows(DeviceProblem problem, DeviceRows rows, WorkOrder order) {
+  await_previous_kernel();
+  start_next_kernel();
   const int32_t s = static_cast<int32_t>(blockIdx.x) / order.sections;
   const int32_t section = static_cast<int32_t>(blockIdx.x) % order.sections;
   const DeviceSequence sequence = problem.sequences[s];
@@ -124,6 +126,14 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Where the order is by formula, all that there is to do.
+template <typename Counter>
+__global__ void clear_counter(Counter* counter) {
+  await_previous_kernel();
+  start_next_kernel();
+  *counter = 0;
+}
+
 // Takes the order's memory; `bits` says whether rows are given by bits (`items` are then made).
 // `l2_bytes`: of the device.
 inline WorkOrder take_work_order(const DeviceProblem& problem, bool bits, int64_t l2_bytes,
@@ -152,13 +162,12 @@ inline WorkOrder take_work_order(const DeviceProblem& problem, bool bits, int64_
 inline void make_work_order(const DeviceProblem& problem, const DeviceRows& rows,
                             const WorkOrder& order, void* stream) {
   if (order.items == nullptr) {
-    cuda_check(
-        cudaMemsetAsync(order.counter, 0, sizeof(uint32_t), static_cast<cudaStream_t>(stream)),
-        "clearing a counter");
+    launch_overlapped(clear_counter<uint32_t>, dim3(1), dim3(1), 0, stream, order.counter);
     return;
   }
-  launch(order_rows<kOrderThreads>, dim3(problem.b * order.sections), dim3(kOrderThreads),
-         2 * kOrderBuckets * sizeof(uint32_t), stream, problem, rows, order);
+  launch_overlapped(order_rows<kOrderThreads>, dim3(problem.b * order.sections),
+                    dim3(kOrderThreads), 2 * kOrderBuckets * sizeof(uint32_t), stream, problem,
+                    rows, order);
 }
 
 }  // namespace flexprefill

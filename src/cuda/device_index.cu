@@ -201,6 +201,8 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     set_bits(const __grid_constant__ DeviceProblem problem, const int64_t* indptr,
              const int32_t* indices, int64_t capacity, uint64_t* bits) {
+  await_previous_kernel();
+  start_next_kernel();
   const int64_t r = static_cast<int64_t>(blockIdx.x) * kWarps + warp_id();
   if (r >= problem.index_rows) return;
   const IndexRow row = find_row(problem, r);
@@ -248,8 +250,8 @@ void csr_to_bits(const DeviceProblem& problem, const DeviceBlockIndex& index, ui
                  void* stream) {
   const int64_t ctas = (problem.index_rows + kWarps - 1) / kWarps;
   if (ctas == 0) return;
-  launch(set_bits, dim3(static_cast<unsigned>(ctas)), dim3(kThreads), 0, stream, problem,
-         index.indptr, index.indices, index.capacity, bits);
+  launch_overlapped(set_bits, dim3(static_cast<unsigned>(ctas)), dim3(kThreads), 0, stream, problem,
+                    index.indptr, index.indices, index.capacity, bits);
 }
 
 }  // namespace flexprefill
