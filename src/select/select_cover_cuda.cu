@@ -108,27 +108,35 @@ int64_t map_tasks(const Problem& problem) {
   return most * problem.b() * problem.h_q;
 }
 
-// Tiles of keys of a CTA of asks_kernel. Its rows, its launch and its end are taken to
-// cost as much as a tile; CTAs come in waves of kResident a multiprocessor.
+// On Hopper the map makes the means of its queries itself, because `asks` runs at half its speed
+// beside a kernel that does; but not where its tasks are so few that too few multiprocessors would
+// read queries.
+bool map_pools_queries(const Problem& problem, bool sm90) {
+  return sm90 && 2 * map_tasks(problem) >= device_info().multiprocessors;
+}
+
+// Tiles of keys of a CTA of asks_kernel. Its rows, its launch and its end are taken to cost as much
+// as a tile and a half, and the last wave to wait for an eighth of a CTA. A wave is kResident a
+// multiprocessor, on Hopper one: beside a CTA that makes means there is no room for two.
 int32_t chunk_tiles(const Problem& problem, const Pattern& pattern) {
   int64_t most = 1;
   for (int64_t s = 0; s < problem.b(); ++s) {
     if (stays_dense(problem.lengths[s], problem.block_size, pattern)) continue;
     most = std::max(most, ceil_div(problem.lengths[s].s_kv, CoverTile::kColumns));
   }
-  const auto cost = [&](int64_t tiles) {
+  const int64_t wave = (overlaps_kernels() ? 1 : kResident) * device_info().multiprocessors;
+  const auto cost = [&](int64_t tiles) {  // in eighths of a tile
     int64_t ctas = 0;
     for (int64_t s = 0; s < problem.b(); ++s) {
       if (stays_dense(problem.lengths[s], problem.block_size, pattern)) continue;
       ctas += problem.h_q * ceil_div(problem.lengths[s].s_kv, tiles * CoverTile::kColumns);
     }
-    return ceil_div(ctas, kResident * device_info().multiprocessors) * (tiles + 1);
+    return ceil_div(ctas, wave) * (8 * tiles + 12) + tiles;
   };
-  constexpr int64_t kTried = 96, kMostChunks = 128;  // more make a row's sum long
-  const int64_t least = ceil_div(most, kMostChunks);
-  int64_t best = least;
-  for (int64_t i = 0; i <= kTried; ++i) {
-    const int64_t tiles = least + (most - least) * i / kTried;
+  constexpr int64_t kMostChunks = 128;  // more make a row's sum long
+  int64_t best = most;
+  for (int64_t chunks = 2; chunks <= kMostChunks; ++chunks) {
+    const int64_t tiles = ceil_div(most, chunks);
     if (cost(tiles) < cost(best)) best = tiles;
   }
   return static_cast<int32_t>(best);
@@ -222,8 +230,7 @@ void select_cover(const Problem& problem, const BlockCover& pattern, const Selec
   p.most_per_block = static_cast<int32_t>(most_means_of_block(problem));
   grid_of(map_tasks(problem));  // numbers that fit
   p.tasks = static_cast<int32_t>(map_tasks(problem));
-  // With fewer tasks too few multiprocessors would read queries.
-  p.map_pools = sm90 && 3 * int64_t{p.tasks} >= device_info().multiprocessors;
+  p.map_pools = map_pools_queries(problem, sm90);
   p.drawn = select.tickets + 1;  // the columns' kernel takes every second one
   p.slices = static_cast<int32_t>(ceil_div(memory.pitch, kColumnsSlice));
   if (problem.dtype == DType::kBFloat16) {
