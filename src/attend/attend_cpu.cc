@@ -73,7 +73,8 @@ Scratch take_scratch(const Problem& problem, const TileOps& ops, int heads, bool
 
 // Tasks that the heads of a group are divided into, for one query block. Heads of a task share the
 // loaded blocks of K and V. More tasks than need be where workers would have few, and where the
-// scratch of all workers would be more than a twentieth of q, k and v.
+// scratch of all workers would be more than a twentieth of q, k and v; a task has at least one
+// head.
 int tasks_a_group(const Problem& problem, const TileOps& ops, int workers, bool means) {
   constexpr int kTasksAWorker = 8;
   constexpr size_t kLittle = size_t{2} << 20;  // bytes that short prompts may have anyway
