@@ -9,7 +9,8 @@
 // their products, the products of the other warpgroup. The tensor cores are busy all the time if
 // the other warpgroup's products take as long as everything between two turns of this one, so that
 // is kept short: most tiles need no mask, no maximum over a row and no rescaling. Where Q is in
-// registers, the next row's first S is started with the last O of a row as well.
+// registers, the next row's first S is started with the last O of a row as well, and the output
+// leaves by TMA from where Q was.
 #ifndef FLEXPREFILL_SRC_ATTEND_ATTEND_SM90_KERNEL_CUH_
 #define FLEXPREFILL_SRC_ATTEND_ATTEND_SM90_KERNEL_CUH_
 
@@ -47,7 +48,7 @@ class Computer {
       not_finite_ = false;
 #pragma unroll
       for (float& element : o_) element = 0;
-      if (row == Row::kEmpty) {
+      if (row == Row::kEmpty) {  // its queries see nothing
         release_queries();
         store_rare(taken());
         row = take_row();
@@ -393,8 +394,8 @@ class Computer {
       const RareRow<Shape> rare(params_, work);
 #pragma unroll 1
       for (int r = 0; r < 2; ++r) {
-        if (r == 0 ? weightless(0) : weightless(1))
-          rare.store_weightless(first_row() + lane() / 4 + 8 * r);
+        const bool without = r == 0 ? weightless(0) : weightless(1);
+        if (without) rare.store_weightless(first_row() + lane() / 4 + 8 * r);
       }
     }
     if (not_finite_) RareRow<Shape>(params_, work).add_not_finite(first_row());
