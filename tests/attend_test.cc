@@ -283,12 +283,12 @@ TEST_P(AttendOn, HeadsOfAGroupKeepBlocksOfTheirOwn) {
   }
 }
 
-// At 32k tokens two workers have room for four heads a task, twelve for one or two. (With AMX the
-// least that sixteen need, one head a task, is 1 % more than a twentieth.)
+// At 32k tokens two workers have room for four heads a task, twelve for one or two. The least that
+// sixteen need, one head a task, is with AMX 1 % more than a twentieth.
 TEST_P(AttendOn, WorkersTakeATwentiethOfTheInputsAtMost) {
   if (GetParam().backend != Backend::kCpu) GTEST_SKIP() << "no threads of ours";
   namespace tbb = oneapi::tbb;
-  const tbb::global_control allow(tbb::global_control::max_allowed_parallelism, 12);
+  const tbb::global_control allow(tbb::global_control::max_allowed_parallelism, 16);
   constexpr int64_t kTokens = 32768, kQ = 8, kKv = 2, kD = 128;
   AttentionInput input;
   const DType dtype = DType::kBFloat16;
@@ -304,6 +304,10 @@ TEST_P(AttendOn, WorkersTakeATwentiethOfTheInputsAtMost) {
   const size_t twelve = attend_workspace_size(input, execution);
   EXPECT_LE(twelve, inputs / 20);
   EXPECT_LT(twelve, 4 * two);  // with as many heads a task it would be 6
+  execution.num_threads = 16;
+  const size_t sixteen = attend_workspace_size(input, execution);
+  EXPECT_LT(sixteen, inputs / 19);
+  EXPECT_LT(sixteen, 6 * two);  // and here 8
 }
 
 TEST_P(AttendOn, SameResultForAnyNumberOfThreads) {

@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Where the order is by formula, all that there is to do.
+// Where the order is by formula, all that there is to do. A template because this is a header.
 template <typename Counter>
 __global__ void clear_counter(Counter* counter) {
   await_previous_kernel();
